@@ -1,0 +1,99 @@
+//! Each example: its header, its recorded output, its page in both languages.
+
+use anyhow::Result;
+use lab::{
+    book::{self, Language},
+    header::{self, Header},
+    workspace::{self, Source, files, read, shown},
+};
+
+use super::Report;
+
+pub fn check(report: &mut Report<'_>) -> Result<()> {
+    let sources = workspace::sources_in(report.root)?;
+    for source in &sources {
+        match header::parse(&read(&source.path)?) {
+            Err(error) => report.add(&source.path, error.line, error.problem),
+            Ok(header) => {
+                check_command(report, source, &header);
+                check_output(report, source, &header);
+            }
+        }
+    }
+    check_pages(report, &sources)?;
+    check_outputs_are_wanted(report, &sources)
+}
+
+fn check_command(report: &mut Report<'_>, source: &Source, header: &Header) {
+    let name = &source.name;
+    let runs_it = header.runs.iter().any(|command| {
+        let mut words = command.split_whitespace();
+        words.any(|word| word == "--bin") && words.next() == Some(name)
+    });
+    if !runs_it {
+        report.add(
+            &source.path,
+            1,
+            format!("the header does not run it; write `cargo run --bin {name}`"),
+        );
+    }
+}
+
+fn check_output(report: &mut Report<'_>, source: &Source, header: &Header) {
+    let name = &source.name;
+    let path = report.root.join(format!("docs/outputs/{name}.txt"));
+    let Ok(recorded) = read(&path) else {
+        report.add(
+            &source.path,
+            1,
+            "its output is not recorded; run cargo lab record",
+        );
+        return;
+    };
+    if header::compare(&header.output, &recorded).is_err() {
+        report.add(
+            &path,
+            1,
+            format!(
+                "not what the header of {} expects; correct the header or run \
+                 cargo lab record",
+                shown(report.root, &source.path)
+            ),
+        );
+    }
+}
+
+fn check_pages(report: &mut Report<'_>, sources: &[Source]) -> Result<()> {
+    for language in Language::ALL {
+        let pages = book::pages(report.root, language)?;
+        for source in sources {
+            if !pages.iter().any(|page| page.quotes(&source.path)) {
+                let code = language.code();
+                let name = &source.name;
+                report.add(
+                    &source.path,
+                    1,
+                    format!(
+                        "no page in docs/{code}/src quotes it; write one with \
+                         {{{{#include …/{name}.rs:ANCHOR}}}}"
+                    ),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A recorded output outlives an example that was renamed or removed.
+fn check_outputs_are_wanted(
+    report: &mut Report<'_>,
+    sources: &[Source],
+) -> Result<()> {
+    for path in files(&report.root.join("docs/outputs"), "txt")? {
+        let name = path.file_stem().unwrap_or_default().to_string_lossy();
+        if name != "demo" && !sources.iter().any(|source| source.name == name) {
+            report.add(&path, 1, "no example has this name; remove the file");
+        }
+    }
+    Ok(())
+}

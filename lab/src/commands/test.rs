@@ -1,0 +1,290 @@
+//! `cargo lab test`: all that must be true before a change lands.
+
+use std::{
+    env,
+    process::{Command, ExitCode},
+    time::Instant,
+};
+
+use anyhow::Result;
+use clap::ValueEnum;
+use lab::{
+    broker::Broker, docker, images, job, native, packages, progress, shell,
+    workspace,
+};
+
+/// What `kafka-examples` can be built with beside its default: the feature, the
+/// Debian packages with the headers, and the name by which pkg-config or the
+/// search path knows them.
+const FEATURES: [(&str, &[&str], &[Needed]); 3] = [
+    (
+        "tls",
+        &["libssl-dev", "pkg-config"],
+        &[Needed::Library("openssl")],
+    ),
+    (
+        "kerberos",
+        &["libssl-dev", "libsasl2-dev", "pkg-config"],
+        &[Needed::Library("openssl"), Needed::Library("libsasl2")],
+    ),
+    (
+        "cmake-build",
+        &["libssl-dev", "cmake", "pkg-config"],
+        &[Needed::Library("openssl"), Needed::Program("cmake")],
+    ),
+];
+
+enum Needed {
+    Library(&'static str),
+    Program(&'static str),
+}
+
+/// Runs all tests, on real brokers.
+///
+/// They are testcontainers tests, so a Docker engine is installed and started
+/// where there is none; with --native they use native brokers instead.
+#[derive(clap::Args)]
+#[command(after_help = "\
+PARTS, in this order:
+  lint      cargo fmt --check, cargo clippy
+  check     cargo lab check
+  lab       tests of cargo lab itself
+  kafka, rabbitmq, nats, patterns
+            tests of the examples, each against its brokers
+  features  kafka-examples with tls, kerberos and cmake-build
+  book      both books
+
+EXAMPLES:
+  cargo lab test --yes        everything
+  cargo lab test nats         the tests of one crate")]
+pub struct Args {
+    /// Only these parts
+    #[arg(value_name = "PART", hide_possible_values = true)]
+    parts: Vec<Part>,
+    /// Install what is missing, the Docker engine included
+    #[arg(long, short)]
+    yes: bool,
+    /// Use native brokers, for machines where no engine may run
+    #[arg(long)]
+    native: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    Lint,
+    Check,
+    Lab,
+    Kafka,
+    Rabbitmq,
+    Nats,
+    Patterns,
+    Features,
+    Book,
+}
+
+/// How a part ended.
+enum Verdict {
+    Passed,
+    Failed,
+    /// With what is missing. Not a success where nobody reads the summary.
+    NotRun(String),
+}
+
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let parts: Vec<Part> = Part::value_variants()
+        .iter()
+        .filter(|part| args.parts.is_empty() || args.parts.contains(part))
+        .copied()
+        .collect();
+    let brokers: Vec<Broker> = Broker::ALL
+        .into_iter()
+        .filter(|broker| parts.iter().any(|part| part.needs(*broker)))
+        .collect();
+    let settings = prepare(&brokers, args)?;
+
+    let mut summary = Vec::new();
+    let (mut failed, mut not_run) = (0, 0);
+    for part in parts {
+        let started = Instant::now();
+        let verdict = part.run(args, &settings)?;
+        let seconds = started.elapsed().as_secs_f32();
+        summary.push(match verdict {
+            Verdict::Passed => format!("✓ {:9} {seconds:6.1} s", part.name()),
+            Verdict::Failed => {
+                failed += 1;
+                format!("✗ {:9} {seconds:6.1} s", part.name())
+            }
+            Verdict::NotRun(reason) => {
+                not_run += 1;
+                format!("- {:9} not run: {reason}", part.name())
+            }
+        });
+    }
+    println!("\n{}", summary.join("\n"));
+    // In continuous integration nobody reads what was not run.
+    let in_ci = env::var_os("CI").is_some();
+    if failed > 0 || (not_run > 0 && in_ci) {
+        return Ok(ExitCode::FAILURE);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Variable and value, for the tests.
+type Settings = Vec<(&'static str, String)>;
+
+/// Makes sure that these brokers can be started by the tests.
+fn prepare(brokers: &[Broker], args: &Args) -> Result<Settings> {
+    if brokers.is_empty() {
+        return Ok(Vec::new());
+    }
+    if args.native {
+        for broker in brokers {
+            native::prepare(*broker, args.yes)?;
+        }
+        return Ok(vec![("LAB_NATIVE", "1".to_owned())]);
+    }
+    docker::install_and_start(args.yes)?;
+    images::ensure(brokers, args.yes)
+}
+
+impl Part {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Lint => "lint",
+            Self::Check => "check",
+            Self::Lab => "lab",
+            Self::Kafka => "kafka",
+            Self::Rabbitmq => "rabbitmq",
+            Self::Nats => "nats",
+            Self::Patterns => "patterns",
+            Self::Features => "features",
+            Self::Book => "book",
+        }
+    }
+
+    fn needs(self, broker: Broker) -> bool {
+        match self {
+            Self::Kafka => broker == Broker::Kafka,
+            Self::Rabbitmq => broker == Broker::RabbitMq,
+            Self::Nats => broker == Broker::Nats,
+            Self::Patterns => patterns_use(broker),
+            Self::Lint | Self::Check | Self::Lab | Self::Features | Self::Book => {
+                false
+            }
+        }
+    }
+
+    fn run(self, args: &Args, settings: &Settings) -> Result<Verdict> {
+        let tests = |package: &str| {
+            let mut test = cargo(&["test", "--package", package, "--no-fail-fast"]);
+            test.envs(settings.iter().map(|(name, value)| (name, value)));
+            test
+        };
+        match self {
+            Self::Lint => all(vec![
+                cargo(&["fmt", "--all", "--check"]),
+                cargo(&[
+                    "clippy",
+                    "--workspace",
+                    "--all-targets",
+                    "--",
+                    "--deny",
+                    "warnings",
+                ]),
+            ]),
+            // A recording is about to change what would be checked.
+            Self::Check if env::var_os("LAB_RECORD").is_some() => {
+                Ok(Verdict::NotRun("recording".to_owned()))
+            }
+            Self::Check => all(vec![cargo(&["lab", "check"])]),
+            Self::Lab => all(vec![tests("lab")]),
+            Self::Kafka => all(vec![tests("kafka-examples")]),
+            Self::Rabbitmq => all(vec![tests("rabbitmq-examples")]),
+            Self::Nats => all(vec![tests("nats-examples")]),
+            Self::Patterns => all(vec![tests("patterns")]),
+            Self::Features => features(args.yes),
+            Self::Book => {
+                let mut book = cargo(&["lab", "book"]);
+                if args.yes {
+                    book.arg("--yes");
+                }
+                all(vec![book])
+            }
+        }
+    }
+}
+
+/// Does any pattern use this broker?
+fn patterns_use(broker: Broker) -> bool {
+    let sources = workspace::sources_in(workspace::root()).unwrap_or_default();
+    let mut patterns = sources.iter().filter(|source| source.package == "patterns");
+    patterns.any(|source| source.broker == broker)
+}
+
+fn cargo(arguments: &[&str]) -> Command {
+    let mut cargo = Command::new("cargo");
+    cargo.args(arguments).current_dir(workspace::root());
+    cargo
+}
+
+/// Runs all commands, also after one has failed: two faults are told at once.
+fn all(commands: Vec<Command>) -> Result<Verdict> {
+    let mut verdict = Verdict::Passed;
+    for mut command in commands {
+        println!("$ {}", shell::shown(&command));
+        if !job::in_view(&mut command)?.success() {
+            verdict = Verdict::Failed;
+        }
+    }
+    Ok(verdict)
+}
+
+/// Builds the features of the guide's dependency block, each alone.
+fn features(yes: bool) -> Result<Verdict> {
+    let mut missing: Vec<&str> = Vec::new();
+    let mut builds = Vec::new();
+    for (feature, packages, needed) in FEATURES {
+        if needed.iter().all(Needed::is_here) {
+            builds.push(build_with(feature));
+        } else if yes && packages::can_install() {
+            packages::install(packages)?;
+            builds.push(build_with(feature));
+        } else {
+            missing.extend(packages);
+        }
+    }
+    let verdict = all(builds)?;
+    if missing.is_empty() || matches!(verdict, Verdict::Failed) {
+        return Ok(verdict);
+    }
+    missing.sort_unstable();
+    missing.dedup();
+    let missing = missing.join(" ");
+    progress::line(format!(
+        "features: some were not built for want of {missing}"
+    ));
+    Ok(Verdict::NotRun(format!("missing: {missing}")))
+}
+
+fn build_with(feature: &str) -> Command {
+    cargo(&[
+        "build",
+        "--package",
+        "kafka-examples",
+        "--features",
+        feature,
+    ])
+}
+
+impl Needed {
+    fn is_here(&self) -> bool {
+        match self {
+            Self::Library(name) => {
+                let mut exists = Command::new("pkg-config");
+                exists.args(["--exists", name]);
+                shell::output(&mut exists).is_ok()
+            }
+            Self::Program(name) => shell::which(name).is_some(),
+        }
+    }
+}

@@ -1,0 +1,53 @@
+//! Every subscriber that is there gets the message; one that is late gets none.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use futures_lite::StreamExt as _;
+use tests::{Example, observe, wait::DEADLINE};
+use tokio::{sync::Mutex, time::timeout};
+
+use crate::{PUBSUB, nats};
+
+const SUBJECT: &str = "my.subject";
+
+/// The subject belongs to the example, and core NATS has no queue to clear.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+#[tokio::test]
+async fn every_subscriber_gets_the_message() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let nats = nats().await?;
+    let observer = observe::nats::connect(nats.1).await?;
+    let mut seen = observer.subscribe(SUBJECT).await?;
+    observer.flush().await?;
+
+    let ended = Example::start(PUBSUB, &[], nats)?.end().await?;
+    ended.succeeded()?.printed_what_its_header_says()?;
+
+    let message = timeout(DEADLINE, seen.next())
+        .await?
+        .context("no message")?;
+    assert_eq!(&message.payload[..], b"Hello NATS!");
+    Ok(())
+}
+
+/// The control: what the lesson's order is for.
+#[tokio::test]
+async fn control_a_late_subscriber_gets_nothing() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let nats = nats().await?;
+    Example::start(PUBSUB, &[], nats)?
+        .end()
+        .await?
+        .succeeded()?;
+
+    let late = observe::nats::connect(nats.1).await?;
+    let mut seen = late.subscribe(SUBJECT).await?;
+    // All that the server has for this connection comes before the answer to
+    // the flush, so a short wait after it is enough.
+    late.flush().await?;
+    let nothing = timeout(Duration::from_millis(200), seen.next()).await;
+    assert!(nothing.is_err(), "a message from the past: {nothing:?}");
+    Ok(())
+}

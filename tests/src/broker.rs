@@ -1,0 +1,255 @@
+//! Real brokers for tests: containers, or processes where no Docker may run.
+
+use std::{
+    env,
+    net::TcpListener,
+    process::Command,
+    sync::{
+        LazyLock,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+use anyhow::{Context as _, Result};
+use lab::{
+    broker::Broker,
+    cleanup::{self, Guard},
+    images, native, services, shell,
+};
+use testcontainers::{
+    ContainerRequest, GenericImage, ImageExt as _, core::IntoContainerPort as _,
+    runners::AsyncRunner as _,
+};
+use tokio::{
+    runtime::Runtime,
+    sync::OnceCell,
+    task::{block_in_place, spawn_blocking},
+};
+
+use crate::{observe, wait};
+
+/// With this variable set, brokers are processes of this machine instead of
+/// containers. `cargo lab test --native` sets it.
+const NATIVE: &str = "LAB_NATIVE";
+
+/// The label of every container of a test.
+const LABEL: &str = "mq-examples.test";
+
+/// A broker of this test's own; dropped, it is gone with its data.
+pub struct TestBroker {
+    broker: Broker,
+    address: String,
+    process: Process,
+}
+
+enum Process {
+    Container { id: String, _guard: Guard },
+    Native(Box<native::Server>),
+}
+
+/// The address of the broker that all tests of this binary share.
+///
+/// It is the one in the environment, if there is one, else started by the first
+/// test that asks, and gone with the test binary, however that ends.
+///
+/// # Errors
+///
+/// If it cannot be started.
+pub async fn shared(broker: Broker) -> Result<&'static str> {
+    static SHARED: [OnceCell<String>; 3] = [const { OnceCell::const_new() }; 3];
+    let start = async || {
+        if let Ok(address) = env::var(broker.address_var()) {
+            return Ok(address);
+        }
+        let started = TestBroker::start(broker).await?;
+        let address = started.address.clone();
+        // It has to outlive the test that happened to start it; the watcher of
+        // `lab::cleanup` ends it together with this process.
+        std::mem::forget(started);
+        Ok::<_, anyhow::Error>(address)
+    };
+    let address = SHARED[broker as usize].get_or_try_init(start).await?;
+    Ok(address)
+}
+
+impl TestBroker {
+    /// Starts a broker and returns when it serves clients.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start; with the end of its log.
+    pub async fn start(broker: Broker) -> Result<Self> {
+        let (address, process) = if env::var_os(NATIVE).is_some() {
+            start_process(broker).await?
+        } else {
+            start_container(broker).await?
+        };
+        let started = Self {
+            broker,
+            address,
+            process,
+        };
+        started.ready().await?;
+        Ok(started)
+    }
+
+    /// What an example wants in its environment variable.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// SIGKILL, as if the machine had died, but for the disk.
+    ///
+    /// # Errors
+    ///
+    /// If the broker is not running.
+    pub async fn kill(&mut self) -> Result<()> {
+        match &mut self.process {
+            Process::Container { id, .. } => {
+                docker(&["kill", "--signal", "KILL", id]).await
+            }
+            // Blocks for as long as the process takes to go.
+            Process::Native(server) => block_in_place(|| server.kill()),
+        }
+    }
+
+    /// Starts it again after [`Self::kill`], with its data, on the same port.
+    ///
+    /// # Errors
+    ///
+    /// If it does not start; with the end of its log.
+    pub async fn restart(&mut self) -> Result<()> {
+        match &mut self.process {
+            Process::Container { id, .. } => docker(&["start", id]).await?,
+            Process::Native(server) => block_in_place(|| server.restart())?,
+        }
+        self.ready().await
+    }
+
+    /// Waits until a client is served: an open port is not enough, Docker's
+    /// proxy opens it before the broker does.
+    async fn ready(&self) -> Result<()> {
+        let address = &self.address;
+        let ready = match self.broker {
+            Broker::Kafka => {
+                wait::until("Kafka", async || observe::kafka::ready(address).await)
+                    .await
+            }
+            Broker::RabbitMq => {
+                wait::until("RabbitMQ", async || {
+                    let (connection, _channel) =
+                        observe::rabbitmq::connect(address).await?;
+                    Ok(connection.close(200, "".into()).await?)
+                })
+                .await
+            }
+            Broker::Nats => {
+                wait::until("NATS", async || {
+                    observe::nats::connect(address).await?;
+                    Ok(())
+                })
+                .await
+            }
+        };
+        ready.with_context(|| self.log_tail())
+    }
+
+    fn log_tail(&self) -> String {
+        let mut show = match &self.process {
+            Process::Container { id, .. } => {
+                let mut logs = Command::new("sh");
+                logs.args(["-c", "docker logs --tail 20 \"$0\" 2>&1", id]);
+                logs
+            }
+            Process::Native(server) => {
+                let mut tail = Command::new("tail");
+                tail.args(["-n", "20"]).arg(server.log());
+                tail
+            }
+        };
+        let log = shell::output(&mut show).unwrap_or_else(|error| error.to_string());
+        format!(
+            "{} does not serve clients; its log ends:\n{log}",
+            self.broker
+        )
+    }
+}
+
+async fn start_process(broker: Broker) -> Result<(String, Process)> {
+    let options = native::Options {
+        port: None,
+        data: None,
+        yes: false,
+    };
+    let server = spawn_blocking(move || native::start(broker, &options)).await??;
+    Ok((
+        server.address().to_owned(),
+        Process::Native(Box::new(server)),
+    ))
+}
+
+async fn start_container(broker: Broker) -> Result<(String, Process)> {
+    // Chosen here, not by Docker: Kafka must be told under which port its
+    // clients will find it, and no broker may move when it is restarted.
+    let port = free_port()?;
+    let label = container_label()?;
+    // Before the container, so that there is no moment without it.
+    let guard = cleanup::containers_with_label(&format!("{LABEL}={label}"))?;
+    let request = request(broker, port)?.with_label(LABEL, label);
+
+    // The client of the Docker engine lives as long as the runtime on which it
+    // was first used; a test's own runtime ends with that test.
+    static RUNTIME: LazyLock<Result<Runtime, std::io::Error>> =
+        LazyLock::new(Runtime::new);
+    let runtime = RUNTIME.as_ref().context("cannot start a Tokio runtime")?;
+    let container = runtime.spawn(request.start()).await??;
+    let id = container.id().to_owned();
+    // Its own clean-up needs a runtime that is still alive; the guard does not.
+    std::mem::forget(container);
+    Ok((
+        broker.address(port),
+        Process::Container { id, _guard: guard },
+    ))
+}
+
+fn request(broker: Broker, port: u16) -> Result<ContainerRequest<GenericImage>> {
+    // Without a local one, the official image: testcontainers pulls it.
+    let name = images::available(broker)
+        .unwrap_or_else(|| services::image(broker).to_owned());
+    let (image, tag) = name
+        .rsplit_once(':')
+        .with_context(|| format!("{name} is not an image with a tag"))?;
+    let mut request = GenericImage::new(image, tag)
+        .with_mapped_port(port, broker.default_port().tcp())
+        // Kafka calls itself by the name of the service.
+        .with_hostname(broker.name())
+        .with_startup_timeout(Duration::from_secs(90));
+    for (name, value) in services::environment(broker, port) {
+        request = request.with_env_var(name, value);
+    }
+    Ok(match broker {
+        Broker::Nats => request.with_cmd(["-js"]),
+        Broker::Kafka | Broker::RabbitMq => request,
+    })
+}
+
+fn free_port() -> Result<u16> {
+    // Free at this moment; that another program takes it before the container
+    // does is possible, and then the container says so.
+    Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())
+}
+
+fn container_label() -> Result<String> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_millis();
+    let count = COUNT.fetch_add(1, Ordering::Relaxed);
+    Ok(format!("{now}-{}-{count}", std::process::id()))
+}
+
+async fn docker(args: &[&str]) -> Result<()> {
+    let mut command = Command::new("docker");
+    command.args(args);
+    spawn_blocking(move || shell::output(&mut command)).await??;
+    Ok(())
+}

@@ -1,0 +1,10 @@
+//! What the tests of all crates share: brokers, the example as a process, and
+//! observers that ask a broker behind the example's back.
+
+pub mod broker;
+pub mod example;
+pub mod observe;
+pub mod wait;
+
+pub use broker::TestBroker;
+pub use example::Example;
