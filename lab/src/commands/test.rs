@@ -48,7 +48,7 @@ enum Needed {
 PARTS, in this order:
   lint      cargo fmt --check, cargo clippy
   check     cargo lab check
-  lab       tests of cargo lab itself
+  lab       unit tests of all crates, tests of cargo lab itself
   kafka, rabbitmq, nats, patterns
             tests of the examples, each against its brokers
   features  kafka-examples with tls, kerberos and cmake-build
@@ -175,10 +175,13 @@ impl Part {
     }
 
     fn run(self, args: &Args, settings: &Settings) -> Result<Verdict> {
-        let tests = |package: &str| {
-            let mut test = cargo(&["test", "--package", package, "--no-fail-fast"]);
+        // By the name of the test and not of its package, for cargo chooses the
+        // features of shared dependencies by what is selected: so they are the
+        // same in each part, in clippy and in `cargo run --bin`.
+        let tests = |name: &str| {
+            let mut test = cargo(&["test", "--test", name]);
             test.envs(settings.iter().map(|(name, value)| (name, value)));
-            test
+            vec![test]
         };
         match self {
             Self::Lint => all(vec![
@@ -197,11 +200,14 @@ impl Part {
                 Ok(Verdict::NotRun("recording".to_owned()))
             }
             Self::Check => all(vec![cargo(&["lab", "check"])]),
-            Self::Lab => all(vec![tests("lab")]),
-            Self::Kafka => all(vec![tests("kafka-examples")]),
-            Self::Rabbitmq => all(vec![tests("rabbitmq-examples")]),
-            Self::Nats => all(vec![tests("nats-examples")]),
-            Self::Patterns => all(vec![tests("patterns")]),
+            Self::Lab => all(vec![
+                cargo(&["test", "--lib", "--bins"]),
+                cargo(&["test", "--package", "lab", "--test", "*"]),
+            ]),
+            Self::Kafka => all(tests("kafka")),
+            Self::Rabbitmq => all(tests("rabbitmq")),
+            Self::Nats => all(tests("nats")),
+            Self::Patterns => all(tests("patterns")),
             Self::Features => features(args.yes),
             Self::Book => {
                 let mut book = cargo(&["lab", "book"]);

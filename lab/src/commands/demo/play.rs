@@ -32,8 +32,7 @@ pub enum Outcome {
 /// # Errors
 ///
 /// If it cannot be started or asked to stop.
-pub fn play(example: &Example, staged: Option<&Staged>) -> Result<Outcome> {
-    let staged = staged.context("every broker is on the stage")?;
+pub fn play(example: &Example, staged: &Staged) -> Result<Outcome> {
     let address = match &staged.address {
         Ok(address) => address,
         Err(reason) => return Ok(Outcome::Bad(format!("not run: {reason:#}"))),

@@ -4,7 +4,7 @@ use std::{
     any::Any,
     env,
     io::{BufRead as _, BufReader},
-    process::{Command, Stdio},
+    process::{ChildStdout, Command, Stdio},
     thread,
 };
 
@@ -19,6 +19,9 @@ use lab::{
     progress,
 };
 
+/// The example that stands in for Kafka where none can be had.
+pub const SIMULATION: &str = "kafka_mock_cluster";
+
 /// All brokers of the demo; dropped, those that it started are gone.
 pub struct Stage {
     brokers: Vec<Staged>,
@@ -32,6 +35,8 @@ pub struct Staged {
     pub address: Result<String>,
     /// Nobody else has used it before.
     pub fresh: bool,
+    /// It is no real broker.
+    pub simulated: bool,
     /// What it is, for the reader.
     how: String,
     /// Ends the broker when it is dropped.
@@ -64,6 +69,7 @@ impl Stage {
         } else {
             brokers.extend(start_natively(&wanted, yes));
         }
+        brokers.sort_by_key(|staged| staged.broker as u8);
         Ok(Self {
             brokers,
             _project: project,
@@ -71,16 +77,21 @@ impl Stage {
     }
 
     /// The broker of an example.
-    pub fn broker(&self, broker: Broker) -> Option<&Staged> {
-        self.brokers.iter().find(|staged| staged.broker == broker)
+    ///
+    /// # Errors
+    ///
+    /// If it was never set, which would be a mistake in [`Self::set`].
+    pub fn broker(&self, broker: Broker) -> Result<&Staged> {
+        let mut brokers = self.brokers.iter();
+        brokers
+            .find(|staged| staged.broker == broker)
+            .with_context(|| format!("{broker} is not on the stage"))
     }
 
     /// What each broker is, on one line.
     pub fn shown(&self) -> String {
-        let mut shown = Vec::new();
-        for broker in Broker::ALL {
-            shown.extend(self.broker(broker).map(|staged| staged.how.as_str()));
-        }
+        let how = |staged: &Staged| staged.how.clone();
+        let shown: Vec<_> = self.brokers.iter().map(how).collect();
         shown.join(", ")
     }
 }
@@ -92,6 +103,7 @@ impl Staged {
             broker,
             address: env::var(variable).context(variable),
             fresh: false,
+            simulated: false,
             how: format!("{broker} of {variable}"),
             _process: None,
         }
@@ -106,6 +118,7 @@ impl Staged {
             broker,
             address: Ok(broker.address(port)),
             fresh: true,
+            simulated: false,
             how: format!("{broker} (container of {image})"),
             _process: None,
         })
@@ -116,19 +129,21 @@ impl Staged {
             broker,
             address: Ok(server.address().to_owned()),
             fresh: true,
+            simulated: false,
             how: format!("{broker} {} (native)", server.version()),
             _process: Some(Box::new(server)),
         }
     }
 
     /// The last resort for Kafka.
-    fn of_simulation(address: String, guard: Guard) -> Self {
+    fn of_simulation(address: String, process: impl Any + Send) -> Self {
         Self {
             broker: Broker::Kafka,
             address: Ok(address),
             fresh: true,
+            simulated: true,
             how: "librdkafka's mock cluster, a simulation and no Kafka".to_owned(),
-            _process: Some(Box::new(guard)),
+            _process: Some(Box::new(process)),
         }
     }
 
@@ -137,6 +152,7 @@ impl Staged {
             broker,
             address: Err(reason),
             fresh: true,
+            simulated: false,
             how: format!("no {broker}"),
             _process: None,
         }
@@ -175,16 +191,17 @@ fn start(broker: Broker, yes: bool) -> Staged {
         return Staged::absent(broker, error);
     }
     match simulate() {
-        Ok((address, guard)) => Staged::of_simulation(address, guard),
+        Ok((address, process)) => Staged::of_simulation(address, process),
         Err(error) => Staged::absent(broker, error),
     }
 }
 
-/// Starts the mock cluster and reads its address from its first line.
-fn simulate() -> Result<(String, Guard)> {
+/// Starts the mock cluster and reads its address from its first line. Returns
+/// it with what ends the process, and the pipe into which it prints the rest.
+fn simulate() -> Result<(String, (Guard, BufReader<ChildStdout>))> {
     let mut command = Command::new("cargo");
     command
-        .args(["run", "--quiet", "--bin", "kafka_mock_cluster"])
+        .args(["run", "--quiet", "--bin", SIMULATION])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
     #[cfg(unix)]
@@ -193,10 +210,11 @@ fn simulate() -> Result<(String, Guard)> {
     let guard = cleanup::group(child.id())?;
     let output = child.stdout.take().context("its output is piped")?;
     let mut line = String::new();
-    BufReader::new(output).read_line(&mut line)?;
+    let mut output = BufReader::new(output);
+    output.read_line(&mut line)?;
     let (_, address) = line
         .trim()
         .split_once("KAFKA_BROKERS=")
         .context("the mock cluster did not get ready")?;
-    Ok((address.to_owned(), guard))
+    Ok((address.to_owned(), (guard, output)))
 }
