@@ -125,9 +125,12 @@ pub fn shown(command: &Command) -> String {
         .chain(command.get_args());
     let line: Vec<String> = variables.chain(words.map(quoted)).collect();
     let line = line.join(" ");
+    let here = env::current_dir().ok();
     match command.get_current_dir() {
-        Some(folder) => format!("(cd {} && {line})", quoted(folder.as_os_str())),
-        None => line,
+        Some(folder) if here.as_deref() != Some(folder) => {
+            format!("(cd {} && {line})", quoted(folder.as_os_str()))
+        }
+        _ => line,
     }
 }
 

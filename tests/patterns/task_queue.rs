@@ -140,7 +140,11 @@ async fn a_stopped_worker_finishes_and_acknowledges_the_task_in_hand() -> Result
     first.prints("start: Task 0").await?;
     first.terminate().await?;
     let first = first.end().await?.succeeded()?;
-    assert!(first.stdout.ends_with("done:  Task 0\nstopped\n"));
+    assert_eq!(
+        first.stdout,
+        "waiting for tasks in task_queue, Ctrl-C to stop\n\
+         start: Task 0\ndone:  Task 0\nstopped\n"
+    );
 
     let left = observe::rabbitmq::drain(rabbitmq.1, QUEUE).await?;
     let left: Vec<_> = left

@@ -89,6 +89,9 @@ async fn consume() -> Result<()> {
     println!("waiting for records in {TOPIC}, Ctrl-C to stop");
     loop {
         let record = tokio::select! {
+            // In this order: by default `select!` picks at random among what is
+            // ready, and would go on for a while when there is much to do.
+            biased;
             () = &mut stop => break,
             record = consumer.recv() => record,
         };

@@ -185,6 +185,9 @@ async fn worker(acknowledge: Acknowledge) -> Result<()> {
     println!("waiting for tasks in {QUEUE}, Ctrl-C to stop");
     loop {
         let delivery = tokio::select! {
+            // In this order: by default `select!` picks at random among what is
+            // ready, and would go on for a while when there is much to do.
+            biased;
             () = &mut stop => break,
             delivery = deliveries.next() => delivery,
         };
