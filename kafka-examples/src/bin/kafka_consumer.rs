@@ -87,6 +87,7 @@ async fn consume() -> Result<()> {
     let stop = stop_signal()?;
     tokio::pin!(stop);
     println!("waiting for records in {TOPIC}, Ctrl-C to stop");
+    let mut lost = false;
     loop {
         let record = tokio::select! {
             // In this order: by default `select!` picks at random among what is
@@ -99,12 +100,19 @@ async fn consume() -> Result<()> {
             Ok(record) => {
                 process(&record);
                 consumer.store_offset_from_message(&record)?;
+                lost = false;
             }
             // The client reconnects by itself, so this is news and not the end.
+            // It comes with every attempt; to hear it once is enough.
             Err(KafkaError::MessageConsumption(
                 code @ (RDKafkaErrorCode::AllBrokersDown
                 | RDKafkaErrorCode::BrokerTransportFailure),
-            )) => eprintln!("lost Kafka at {brokers}, still trying: {code}"),
+            )) => {
+                if !lost {
+                    eprintln!("lost Kafka at {brokers}, still trying ({code})");
+                }
+                lost = true;
+            }
             Err(error) => return Err(error).context("cannot read on"),
         }
     }
