@@ -84,6 +84,13 @@ impl Page {
         })
     }
 
+    /// Does it include this file, or a part of it?
+    pub fn includes(&self, file: &Path) -> bool {
+        markdown::includes(&self.text)
+            .iter()
+            .any(|include| self.target(include.path) == file)
+    }
+
     /// The text of its first heading.
     pub fn heading(&self) -> Option<String> {
         let headings = Document::parse(&self.text).headings;

@@ -39,8 +39,7 @@ async fn the_answer_comes_from_whoever_listens() -> Result<()> {
     let _turn = TURN.lock().await;
     let nats = nats().await?;
     let observer = observe::nats::connect(nats.1).await?;
-    let mut requests = observer.subscribe(SUBJECT).await?;
-    observer.flush().await?;
+    let mut requests = observe::nats::subscribe(&observer, SUBJECT).await?;
 
     let mut example = Example::start(REQUEST_REPLY, &[], nats)?;
     let request = timeout(DEADLINE, requests.next()).await?.context("none")?;
@@ -63,8 +62,7 @@ async fn control_a_silent_responder_is_a_time_out() -> Result<()> {
     let _turn = TURN.lock().await;
     let nats = nats().await?;
     let observer = observe::nats::connect(nats.1).await?;
-    let _silent = observer.subscribe(SUBJECT).await?;
-    observer.flush().await?;
+    let _silent = observe::nats::subscribe(&observer, SUBJECT).await?;
 
     let ended = Example::start(REQUEST_REPLY, &[], nats)?.end().await?;
     let line = ended.one_line_error()?;

@@ -2,7 +2,7 @@
 //!
 //! Teaches: subscribe first, then publish. Core NATS keeps nothing: a message
 //! that nobody waits for is gone. And `publish` and `subscribe` only queue
-//! their command in the client, so `flush` is what makes the order true.
+//! their command in the client; `flush` is what sends it on its way.
 //!
 //! Run, after `cargo lab up nats`:
 //!
@@ -46,9 +46,9 @@ async fn main() -> ExitCode {
 async fn publish_and_receive() -> Result<()> {
     let client = connect().await?;
     let mut subscriber = client.subscribe(SUBJECT).await?;
-    // The server must know of the subscription before anything is published.
-    // Within one connection the order holds anyway; a publisher with another
-    // connection would overtake us.
+    // `subscribe` only queues the command; this writes it to the socket. The
+    // server takes the commands of one connection in their order, so what we
+    // publish below cannot overtake it. A publisher elsewhere could.
     client.flush().await?;
     println!("subscribed: {SUBJECT}");
 
@@ -69,7 +69,8 @@ async fn publish_and_receive() -> Result<()> {
     let text = String::from_utf8_lossy(&message.payload);
     println!("received:   {text} (on {})", message.subject);
 
-    // Hands over what is still in the client, then closes the connection.
+    // Ends the subscription and closes the connection, in the background. What
+    // has to be sent has been flushed above.
     client.drain().await?;
     Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! Teaches: when nobody listens on the subject, the server says so at once
 //! ("no responders"), which is different from a responder that is slow. So the
-//! responder's subscription must have reached the server before the request.
+//! responder's subscription must reach the server before the request does.
 //!
 //! Run, after `cargo lab up nats`:
 //!
@@ -65,8 +65,10 @@ async fn ask_and_answer() -> Result<()> {
     }
 
     let requests = client.subscribe(SUBJECT).await?;
-    // `subscribe` only queues the command. Without this flush a requester with
-    // another connection may still meet "no responders".
+    // `subscribe` only queues the command; this writes it to the socket. The
+    // server takes the commands of one connection in their order, so our own
+    // request below finds the responder. A requester elsewhere that is a moment
+    // too early still meets "no responders", and should ask again.
     client.flush().await?;
     println!("responder: ready on {SUBJECT}");
     let responder = tokio::spawn(answer_all(client.clone(), requests));

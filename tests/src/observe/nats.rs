@@ -1,7 +1,7 @@
 //! A second NATS connection.
 
-use anyhow::Result;
-use async_nats::{Client, ConnectOptions};
+use anyhow::{Result, bail};
+use async_nats::{Client, ConnectOptions, RequestErrorKind, Subscriber};
 
 /// Connects, without waiting for a server that is not there.
 ///
@@ -13,4 +13,33 @@ pub async fn connect(address: &str) -> Result<Client> {
         .name("observer")
         .connect(address)
         .await?)
+}
+
+/// Subscribes, and returns when the server knows of it.
+///
+/// # Errors
+///
+/// If the server does not answer.
+pub async fn subscribe(
+    client: &Client,
+    subject: &'static str,
+) -> Result<Subscriber> {
+    let subscriber = client.subscribe(subject).await?;
+    round_trip(client).await?;
+    Ok(subscriber)
+}
+
+/// Returns when the server has dealt with all that this connection has sent and
+/// has delivered what it had for it. A flush only writes to the socket.
+///
+/// # Errors
+///
+/// If the server does not answer.
+pub async fn round_trip(client: &Client) -> Result<()> {
+    // The server answers in order, and answers this at once.
+    match client.request("observer.nobody.listens", "".into()).await {
+        Err(error) if error.kind() == RequestErrorKind::NoResponders => Ok(()),
+        Err(error) => Err(error.into()),
+        Ok(_answer) => bail!("somebody listens on observer.nobody.listens"),
+    }
 }

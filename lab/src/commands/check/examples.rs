@@ -21,7 +21,7 @@ pub fn check(report: &mut Report<'_>) -> Result<()> {
         }
     }
     check_pages(report, &sources)?;
-    check_outputs_are_wanted(report, &sources)
+    check_outputs_are_wanted(report)
 }
 
 fn check_command(report: &mut Report<'_>, source: &Source, header: &Header) {
@@ -84,15 +84,21 @@ fn check_pages(report: &mut Report<'_>, sources: &[Source]) -> Result<()> {
     Ok(())
 }
 
-/// A recorded output outlives an example that was renamed or removed.
-fn check_outputs_are_wanted(
-    report: &mut Report<'_>,
-    sources: &[Source],
-) -> Result<()> {
-    for path in files(&report.root.join("docs/outputs"), "txt")? {
-        let name = path.file_stem().unwrap_or_default().to_string_lossy();
-        if name != "demo" && !sources.iter().any(|source| source.name == name) {
-            report.add(&path, 1, "no example has this name; remove the file");
+/// A recorded output outlives the example or the experiment that printed it. The
+/// demo's is for the READMEs.
+fn check_outputs_are_wanted(report: &mut Report<'_>) -> Result<()> {
+    let outputs = files(&report.root.join("docs/outputs"), "txt")?;
+    for language in Language::ALL {
+        let pages = book::pages(report.root, language)?;
+        for output in &outputs {
+            let shown = pages.iter().any(|page| page.includes(output));
+            if !shown && output.file_stem().is_some_and(|name| name != "demo") {
+                let code = language.code();
+                let way_out = format!(
+                    "no page in docs/{code}/src shows it; include it or remove it"
+                );
+                report.add(output, 1, way_out);
+            }
         }
     }
     Ok(())
