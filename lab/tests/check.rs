@@ -274,18 +274,18 @@ fn an_include_of_no_file_or_by_line_numbers() {
     let workspace = Workspace::new();
     workspace.append(CHINESE, "{{#include ../no.txt}}\n");
     workspace.finds(
-        &format!("{CHINESE}:7"),
+        &format!("{CHINESE}:11"),
         "there is no file docs/zh-CN/src/no.txt",
     );
     workspace.replace(CHINESE, "../no.txt", "../../../outputs/demo.txt:1:2");
-    workspace.finds(&format!("{CHINESE}:7"), "line numbers go stale");
+    workspace.finds(&format!("{CHINESE}:11"), "line numbers go stale");
 }
 
 #[test]
 fn code_that_is_pasted() {
     let workspace = Workspace::new();
     workspace.append(CHINESE, "\n```rust\nfn main() {}\n```\n");
-    workspace.finds(&format!("{CHINESE}:8"), "pasted");
+    workspace.finds(&format!("{CHINESE}:12"), "pasted");
 }
 
 #[test]
@@ -442,5 +442,5 @@ fn a_link_that_leaves_the_book() {
     let workspace = Workspace::new();
     let link = "[file](../../../../kafka-examples/src/bin/kafka_producer.rs)";
     workspace.append(CHINESE, &format!("\n{link}\n"));
-    workspace.finds(&format!("{CHINESE}:8"), "not in the built book");
+    workspace.finds(&format!("{CHINESE}:12"), "not in the built book");
 }
