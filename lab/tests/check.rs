@@ -234,6 +234,23 @@ fn an_output_that_no_page_shows() {
 }
 
 #[test]
+fn a_demo_that_shows_an_output_of_the_past() {
+    let workspace = Workspace::new();
+    let demo = |offset: &str| {
+        format!("Brokers\n\n$ cargo run --bin kafka_producer\n{offset}\n✓ yes\n")
+    };
+    workspace.write("docs/outputs/demo.txt", &demo("sent: offset 7"));
+    let (drawn, said) = workspace.lab(&["record", "--picture"]);
+    assert!(drawn, "{said}");
+    let (passes, said) = workspace.lab(&["check"]);
+    assert!(passes, "{said}");
+    workspace.write("docs/outputs/demo.txt", &demo("delivered: 7"));
+    let (drawn, said) = workspace.lab(&["record", "--picture"]);
+    assert!(drawn, "{said}");
+    workspace.finds("docs/outputs/demo.txt:3", "run cargo lab record");
+}
+
+#[test]
 fn an_example_without_a_page() {
     let workspace = Workspace::new();
     workspace.write(

@@ -13,7 +13,7 @@ use super::index;
 
 /// Records the outputs that the READMEs and the book show.
 ///
-/// Runs all tests, which write docs/outputs/NAME.txt for each example, then the
+/// Runs the tests of all examples, which write docs/outputs/NAME.txt, then the
 /// demo, whose transcript becomes docs/outputs/demo.txt and demo.svg, and writes
 /// the generated parts of the READMEs anew.
 #[derive(clap::Args)]
@@ -49,6 +49,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// run for minutes, so they print what they do.
 fn record_outputs(args: &Args) -> Result<()> {
     let mut tests = lab("test", args);
+    tests.args(["kafka", "rabbitmq", "nats", "patterns"]);
     tests.env("LAB_RECORD", "1");
     println!("$ {}", shell::shown(&tests));
     if !tests.status().context("cargo does not start")?.success() {

@@ -273,13 +273,8 @@ fn features(yes: bool) -> Result<Verdict> {
 }
 
 fn build_with(feature: &str) -> Command {
-    cargo(&[
-        "build",
-        "--package",
-        "kafka-examples",
-        "--features",
-        feature,
-    ])
+    let feature = format!("kafka-examples/{feature}");
+    cargo(&["build", "--bin", "kafka_producer", "--features", &feature])
 }
 
 impl Needed {

@@ -17,6 +17,7 @@ pub fn check(report: &mut Report<'_>) -> Result<()> {
             Ok(header) => {
                 check_command(report, source, &header);
                 check_output(report, source, &header);
+                check_demo(report, source, &header);
             }
         }
     }
@@ -60,6 +61,27 @@ fn check_output(report: &mut Report<'_>, source: &Source, header: &Header) {
                 shown(report.root, &source.path)
             ),
         );
+    }
+}
+
+/// The transcript of the demo shows what each of its examples prints: between
+/// the command and the line with the verdict.
+fn check_demo(report: &mut Report<'_>, source: &Source, header: &Header) {
+    let path = report.root.join("docs/outputs/demo.txt");
+    // That it is missing is told elsewhere.
+    let transcript = read(&path).unwrap_or_default();
+    let transcript = anstream::adapter::strip_str(&transcript).to_string();
+    let command = format!("\n$ cargo run --bin {}\n", source.name);
+    let Some((before, rest)) = transcript.split_once(&command) else {
+        return;
+    };
+    let printed = rest.split("\n✓ ").next().unwrap_or_default();
+    if header::compare(&header.output, printed).is_err() {
+        let problem = format!(
+            "not what the header of {} expects; run cargo lab record",
+            shown(report.root, &source.path)
+        );
+        report.add(&path, before.matches('\n').count() + 2, problem);
     }
 }
 
