@@ -56,6 +56,19 @@ impl Example {
         args: &[&str],
         address: (&str, &str),
     ) -> Result<Self> {
+        Self::start_with(binary, args, &[address])
+    }
+
+    /// As [`Self::start`], for an example that reads more than one variable.
+    ///
+    /// # Errors
+    ///
+    /// If the binary cannot be started.
+    pub fn start_with(
+        binary: &str,
+        args: &[&str],
+        variables: &[(&str, &str)],
+    ) -> Result<Self> {
         let name = Path::new(binary)
             .file_stem()
             .context("the path of a binary")?
@@ -63,7 +76,7 @@ impl Example {
             .into_owned();
         let mut child = Command::new(binary)
             .args(args)
-            .env(address.0, address.1)
+            .envs(variables.iter().copied())
             // A back trace would be part of the output.
             .env("RUST_BACKTRACE", "0")
             .stdin(Stdio::null())

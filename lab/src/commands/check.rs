@@ -18,7 +18,7 @@ use lab::{
     workspace::{self, files, read, shown},
 };
 
-use super::index;
+use super::{index, test};
 
 /// Finds what does not agree with the code: headers, recorded outputs, pages,
 /// translations, links, the index and the picture in the READMEs.
@@ -96,6 +96,7 @@ fn problems(root: &Path) -> Result<Vec<Problem>> {
     links::check(&mut report)?;
     check_index(&mut report);
     check_picture(&mut report);
+    check_summary(&mut report);
     check_test_modules(&mut report)?;
     report.problems.sort();
     Ok(report.problems)
@@ -121,6 +122,16 @@ fn check_index(report: &mut Report<'_>) {
                 }
             }
         }
+    }
+}
+
+/// The READMEs show the end of `cargo lab test`.
+fn check_summary(report: &mut Report<'_>) {
+    let recorded = report.root.join("docs/outputs/test.txt");
+    if read(&recorded).is_ok_and(|text| !test::tells_of_each_part(&text)) {
+        let way_out =
+            "not the parts of cargo lab test; run it, then cargo lab record";
+        report.add(&recorded, 1, way_out);
     }
 }
 

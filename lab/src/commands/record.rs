@@ -9,13 +9,14 @@ use lab::{
     workspace::{self, read, write},
 };
 
-use super::index;
+use super::{index, test};
 
 /// Records the outputs that the READMEs and the book show.
 ///
 /// Runs the tests of all examples, which write docs/outputs/NAME.txt, then the
 /// demo, whose transcript becomes docs/outputs/demo.txt and demo.svg, and writes
-/// the generated parts of the READMEs anew.
+/// the generated parts of the READMEs anew. The summary of `cargo lab test` in
+/// test.txt is that of the last complete run.
 #[derive(clap::Args)]
 pub struct Args {
     /// Run nothing: draw demo.svg from demo.txt and write the READMEs anew
@@ -35,6 +36,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if !args.picture {
         record_outputs(args)?;
         write(&transcript, &demo_transcript(args)?)?;
+        record_summary()?;
     }
     let picture = svg::render(&read(&transcript)?);
     write(&transcript.with_extension("svg"), &picture)?;
@@ -54,6 +56,16 @@ fn record_outputs(args: &Args) -> Result<()> {
     println!("$ {}", shell::shown(&tests));
     if !tests.status().context("cargo does not start")?.success() {
         bail!("the tests failed, so the demo was not recorded");
+    }
+    Ok(())
+}
+
+/// The end of the last complete run of the tests, if there was one here.
+fn record_summary() -> Result<()> {
+    if let Ok(summary) = read(&test::last_summary()) {
+        let recorded = workspace::root().join("docs/outputs/test.txt");
+        let command = "$ cargo lab test --yes\n...\n\n";
+        write(&recorded, &format!("{command}{summary}"))?;
     }
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use std::{
     env,
+    path::PathBuf,
     process::{Command, ExitCode},
     time::Instant,
 };
@@ -9,8 +10,9 @@ use std::{
 use anyhow::Result;
 use clap::ValueEnum;
 use lab::{
-    broker::Broker, docker, images, job, native, packages, progress, shell,
-    workspace,
+    broker::Broker,
+    docker, images, job, native, packages, progress, shell,
+    workspace::{self, write},
 };
 
 /// What `kafka-examples` can be built with beside its default: the feature, the
@@ -120,13 +122,30 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             }
         });
     }
-    println!("\n{}", summary.join("\n"));
+    let summary = summary.join("\n");
+    println!("\n{summary}");
+    if args.parts.is_empty() && failed == 0 && not_run == 0 {
+        // For `cargo lab record`: to run all this again would take minutes.
+        write(&last_summary(), &format!("{summary}\n"))?;
+    }
     // In continuous integration nobody reads what was not run.
     let in_ci = env::var_os("CI").is_some();
     if failed > 0 || (not_run > 0 && in_ci) {
         return Ok(ExitCode::FAILURE);
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Where the last complete run in which all was well has left its summary.
+pub fn last_summary() -> PathBuf {
+    workspace::cache().join("test-summary.txt")
+}
+
+/// Does this text, printed by `cargo lab test`, tell of each part in its order?
+pub fn tells_of_each_part(text: &str) -> bool {
+    let told = text.lines().filter_map(|line| line.strip_prefix("✓ "));
+    let told = told.map(|line| line.split_whitespace().next().unwrap_or_default());
+    told.eq(Part::value_variants().iter().map(|part| part.name()))
 }
 
 /// Variable and value, for the tests.

@@ -1,7 +1,10 @@
 //! A second NATS connection.
 
 use anyhow::{Result, bail};
-use async_nats::{Client, ConnectOptions, RequestErrorKind, Subscriber};
+use async_nats::{
+    Client, ConnectOptions, RequestErrorKind, Subscriber,
+    jetstream::{self, ErrorCode, context::DeleteStreamErrorKind},
+};
 
 /// Connects, without waiting for a server that is not there.
 ///
@@ -41,5 +44,35 @@ pub async fn round_trip(client: &Client) -> Result<()> {
         Err(error) if error.kind() == RequestErrorKind::NoResponders => Ok(()),
         Err(error) => Err(error.into()),
         Ok(_answer) => bail!("somebody listens on observer.nobody.listens"),
+    }
+}
+
+/// JetStream through a connection of its own.
+///
+/// # Errors
+///
+/// If no server answers.
+pub async fn jetstream(address: &str) -> Result<jetstream::Context> {
+    Ok(jetstream::new(connect(address).await?))
+}
+
+/// Deletes a stream with its messages and consumers; where there is none, it
+/// counts as deleted.
+///
+/// # Errors
+///
+/// If no server answers, or it refuses.
+pub async fn forget_stream(address: &str, stream: &str) -> Result<()> {
+    let jetstream = jetstream(address).await?;
+    match jetstream.delete_stream(stream).await {
+        Ok(_deleted) => Ok(()),
+        Err(error) => match error.kind() {
+            DeleteStreamErrorKind::JetStream(error)
+                if error.error_code() == ErrorCode::STREAM_NOT_FOUND =>
+            {
+                Ok(())
+            }
+            _ => Err(error.into()),
+        },
     }
 }
