@@ -1,13 +1,17 @@
 //! Without a server, or with a wrong address: one line that helps, soon.
 
 use anyhow::Result;
-use tests::{Example, example::fail_with_one_line};
+use tests::{
+    Example,
+    example::{fail_with_one_line, siblings},
+};
 use tokio::net::TcpListener;
 
-use crate::{PUBSUB, REQUEST_REPLY};
+use crate::PUBSUB;
 
+/// What every NATS example says.
 async fn one_line(url: &str, parts: &[&str]) -> Result<()> {
-    fail_with_one_line(&[PUBSUB, REQUEST_REPLY], ("NATS_URL", url), parts).await
+    fail_with_one_line(&siblings(PUBSUB)?, ("NATS_URL", url), parts).await
 }
 
 #[tokio::test]

@@ -274,24 +274,59 @@ impl Ended {
 ///
 /// If an example answers otherwise.
 pub async fn fail_with_one_line(
-    binaries: &[&str],
+    binaries: &[impl AsRef<str>],
     address: (&str, &str),
     parts: &[&str],
 ) -> Result<()> {
-    for binary in binaries {
-        let started = Instant::now();
-        let ended = Example::start(binary, &[], address)?.end().await?;
+    let started = Instant::now();
+    // All at the same time: one that waits for an answer keeps nobody else.
+    let examples = binaries
+        .iter()
+        .map(|binary| Example::start(binary.as_ref(), &[], address))
+        .collect::<Result<Vec<_>>>()?;
+    for example in examples {
+        let name = example.name.clone();
+        let ended = example.end().await?;
         let line = ended.one_line_error()?;
         for part in parts {
-            ensure!(line.contains(part), "{part:?} is not in {line:?}");
+            ensure!(line.contains(part), "{name}: {part:?} is not in {line:?}");
         }
-        ensure!(!line.contains(SECRET), "shows the password: {line:?}");
+        ensure!(
+            !line.contains(SECRET),
+            "{name} shows the password: {line:?}"
+        );
         // A promise, and not a matter of speed: the limits within each example
         // add up to less.
         let took = started.elapsed();
-        ensure!(took < Duration::from_secs(10), "{took:?}");
+        ensure!(took < Duration::from_secs(10), "{name}: {took:?}");
     }
     Ok(())
+}
+
+/// The binaries of all examples in the package of this one,
+/// `env!("CARGO_BIN_EXE_<name>")`: a new example keeps the contract without being
+/// named in a second place.
+///
+/// # Errors
+///
+/// If the sources cannot be read.
+pub fn siblings(binary: &str) -> Result<Vec<String>> {
+    let path = Path::new(binary);
+    let name = path.file_stem().unwrap_or_default().to_string_lossy();
+    let all = workspace::examples()?;
+    let package = all
+        .iter()
+        .find(|example| example.name == name)
+        .with_context(|| format!("no example is named {name}"))?
+        .package
+        .clone();
+    let of_package = all.iter().filter(|example| example.package == package);
+    Ok(of_package
+        .map(|example| {
+            let file = format!("{}{}", example.name, env::consts::EXE_SUFFIX);
+            path.with_file_name(file).to_string_lossy().into_owned()
+        })
+        .collect())
 }
 
 /// A password for addresses in tests, to be recognised wherever it is shown.
