@@ -17,6 +17,7 @@ use std::{
         Mutex, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU32, Ordering},
     },
+    thread,
 };
 
 use anyhow::{Context as _, Error, Result};
@@ -145,10 +146,13 @@ pub fn on_interrupt() -> Result<()> {
     .context("cannot wait for Ctrl-C")
 }
 
-/// Has Ctrl-C been pressed? What fails from then on fails because of it, and is
-/// not worth an error message.
-pub fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::SeqCst)
+/// After Ctrl-C, does not return: things fail now because they are being ended,
+/// which is worth no message and no next step, and the handler ends this program
+/// when all is undone. To be called before a failure is told.
+pub fn hold_if_interrupted() {
+    while INTERRUPTED.load(Ordering::SeqCst) {
+        thread::park();
+    }
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);

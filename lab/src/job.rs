@@ -139,6 +139,7 @@ pub fn in_view(command: &mut Command) -> Result<ExitStatus> {
         .with_context(|| format!("cannot run `{}`", shell::shown(command)))?;
     let guard = cleanup::guard(end(child.id()))?;
     let status = child.wait()?;
+    cleanup::hold_if_interrupted();
     guard.release();
     Ok(status)
 }

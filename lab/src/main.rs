@@ -5,7 +5,6 @@ mod commands;
 use std::{
     panic,
     process::{self, ExitCode},
-    thread,
 };
 
 use anyhow::Result;
@@ -55,14 +54,11 @@ enum Command {
 fn main() -> ExitCode {
     end_with_the_reader();
     let cli = Cli::parse();
-    match cleanup::on_interrupt().and_then(|()| run(&cli.command)) {
+    let result = cleanup::on_interrupt().and_then(|()| run(&cli.command));
+    cleanup::hold_if_interrupted();
+    match result {
         Ok(code) => code,
         Err(error) => {
-            // After Ctrl-C, things fail because they are being ended; the
-            // handler ends this program when all is undone.
-            while cleanup::interrupted() {
-                thread::park();
-            }
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
         }

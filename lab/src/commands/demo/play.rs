@@ -65,6 +65,7 @@ pub fn play(example: &Example, staged: &Staged) -> Result<Outcome> {
         }
     };
     let status = child.wait()?;
+    cleanup::hold_if_interrupted();
     guard.release();
     if !status.success() {
         return Ok(Outcome::Bad(format!("ended with {status}")));

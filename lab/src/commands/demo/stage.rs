@@ -186,6 +186,7 @@ fn start(broker: Broker, yes: bool) -> Staged {
         Ok(server) => return Staged::of_process(server, broker),
         Err(error) => error,
     };
+    cleanup::hold_if_interrupted();
     progress::line(format!("{error:#}"));
     if broker != Broker::Kafka {
         return Staged::absent(broker, error);
