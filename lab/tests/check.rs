@@ -193,6 +193,28 @@ fn all_problems_are_listed_in_one_run() {
 }
 
 #[test]
+fn an_output_that_nothing_shows() {
+    let workspace = Workspace::new();
+    workspace.write("docs/outputs/kafka_gone.txt", "left over\n");
+    workspace.finds("docs/outputs/kafka_gone.txt:1", "no page shows it");
+}
+
+#[test]
+fn a_summary_of_other_parts_than_the_tests_have() {
+    let workspace = Workspace::new();
+    workspace.replace(
+        "README.md",
+        "<!-- lab:index -->",
+        "<!-- lab:output test -->\n<!-- /lab:output -->\n\n<!-- lab:index -->",
+    );
+    let summary = "$ cargo lab test --yes\n...\n\n\u{2713} lint   1.0 s\n";
+    workspace.write("docs/outputs/test.txt", summary);
+    let (indexed, said) = workspace.lab(&["index"]);
+    assert!(indexed, "{said}");
+    workspace.finds("docs/outputs/test.txt:1", "not the parts of cargo lab test");
+}
+
+#[test]
 fn a_header_that_lacks_a_part() {
     let workspace = Workspace::new();
     workspace.replace(EXAMPLE, "Teaches:", "Shows:");
