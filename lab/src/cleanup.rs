@@ -97,15 +97,17 @@ pub fn containers_with_label(label: &str) -> Result<Guard> {
 ///
 /// As [`group`].
 pub fn guard(script: String) -> Result<Guard> {
-    let duty = match cfg!(unix) {
-        true => Some(watcher()?.take_on(&script)?),
-        false => None,
-    };
-    Ok(Guard {
+    let mut guard = Guard {
         script,
-        duty,
+        duty: None,
         released: false,
-    })
+    };
+    if cfg!(unix) {
+        // Where this fails, after Ctrl-C for example, the guard is dropped and
+        // undoes at once what nobody would undo later.
+        guard.duty = Some(watcher()?.take_on(&guard.script)?);
+    }
+    Ok(guard)
 }
 
 impl Guard {
