@@ -1,13 +1,14 @@
 //! Without a broker, or with a wrong address: one line that helps, soon.
 
 use anyhow::Result;
-use tests::example::fail_with_one_line;
+use tests::example::{fail_with_one_line, siblings};
 use tokio::net::TcpListener;
 
-use crate::{CONSUMER, PUBLISHER, rabbitmq};
+use crate::{PUBLISHER, rabbitmq};
 
+/// What every RabbitMQ example says.
 async fn one_line(url: &str, parts: &[&str]) -> Result<()> {
-    fail_with_one_line(&[PUBLISHER, CONSUMER], ("AMQP_URL", url), parts).await
+    fail_with_one_line(&siblings(PUBLISHER)?, ("AMQP_URL", url), parts).await
 }
 
 #[tokio::test]
