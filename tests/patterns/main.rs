@@ -1,3 +1,5 @@
 //! Tests of the patterns, by their binaries, against real brokers.
 
 mod task_queue;
+mod task_queue_nats;
+mod task_queue_rabbitmq;
