@@ -1,6 +1,8 @@
 //! Tests of the NATS examples, by their binaries, against a real server.
 
 mod absent;
+mod jetstream_atomic_batch;
+mod jetstream_time;
 mod pubsub;
 mod request_reply;
 mod service;
