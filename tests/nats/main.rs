@@ -2,6 +2,9 @@
 
 mod absent;
 mod jetstream_atomic_batch;
+mod jetstream_dedup;
+mod jetstream_limits;
+mod jetstream_optimistic;
 mod jetstream_time;
 mod pubsub;
 mod request_reply;
