@@ -5,6 +5,7 @@ mod jetstream_atomic_batch;
 mod jetstream_dedup;
 mod jetstream_limits;
 mod jetstream_optimistic;
+mod jetstream_publish;
 mod jetstream_time;
 mod pubsub;
 mod request_reply;
