@@ -3,6 +3,7 @@
 mod absent;
 mod pubsub;
 mod request_reply;
+mod servers;
 
 use anyhow::Result;
 use lab::broker::Broker;
