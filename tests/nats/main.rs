@@ -10,6 +10,7 @@ mod jetstream_time;
 mod pubsub;
 mod request_reply;
 mod service;
+mod servers;
 
 use anyhow::Result;
 use lab::broker::Broker;

@@ -31,7 +31,7 @@ use crate::{observe, wait};
 
 /// With this variable set, brokers are processes of this machine instead of
 /// containers. `cargo lab test --native` sets it.
-const NATIVE: &str = "LAB_NATIVE";
+pub(crate) const NATIVE: &str = "LAB_NATIVE";
 
 /// The label of every container of a test.
 const LABEL: &str = "mq-examples.test";
@@ -107,7 +107,7 @@ impl TestBroker {
     pub async fn kill(&mut self) -> Result<()> {
         match &mut self.process {
             Process::Container { id, .. } => {
-                docker(&["kill", "--signal", "KILL", id]).await
+                docker(&["kill", "--signal", "KILL", id]).await.map(drop)
             }
             // Blocks for as long as the process takes to go.
             Process::Native(server) => block_in_place(|| server.kill()),
@@ -121,7 +121,9 @@ impl TestBroker {
     /// If it does not start; with the end of its log.
     pub async fn restart(&mut self) -> Result<()> {
         match &mut self.process {
-            Process::Container { id, .. } => docker(&["start", id]).await?,
+            Process::Container { id, .. } => {
+                docker(&["start", id]).await?;
+            }
             Process::Native(server) => block_in_place(|| server.restart())?,
         }
         self.ready().await
@@ -193,10 +195,21 @@ async fn start_container(broker: Broker) -> Result<(String, Process)> {
     // Chosen here, not by Docker: Kafka must be told under which port its
     // clients will find it, and no broker may move when it is restarted.
     let port = free_port()?;
+    let (id, guard) = run_container(request(broker, port)?).await?;
+    Ok((
+        broker.address(port),
+        Process::Container { id, _guard: guard },
+    ))
+}
+
+/// Starts a container that is gone with the guard, or with this process.
+pub(crate) async fn run_container(
+    request: ContainerRequest<GenericImage>,
+) -> Result<(String, Guard)> {
     let label = container_label()?;
     // Before the container, so that there is no moment without it.
     let guard = cleanup::containers_with_label(&format!("{LABEL}={label}"))?;
-    let request = request(broker, port)?.with_label(LABEL, label);
+    let request = request.with_label(LABEL, label);
 
     // The client of the Docker engine lives as long as the runtime on which it
     // was first used; a test's own runtime ends with that test.
@@ -207,20 +220,22 @@ async fn start_container(broker: Broker) -> Result<(String, Process)> {
     let id = container.id().to_owned();
     // Its own clean-up needs a runtime that is still alive; the guard does not.
     std::mem::forget(container);
-    Ok((
-        broker.address(port),
-        Process::Container { id, _guard: guard },
-    ))
+    Ok((id, guard))
 }
 
-fn request(broker: Broker, port: u16) -> Result<ContainerRequest<GenericImage>> {
+/// The image of a broker, with nothing set yet.
+pub(crate) fn image(broker: Broker) -> Result<GenericImage> {
     // Without a local one, the official image: testcontainers pulls it.
     let name = images::available(broker)
         .unwrap_or_else(|| services::image(broker).to_owned());
     let (image, tag) = name
         .rsplit_once(':')
         .with_context(|| format!("{name} is not an image with a tag"))?;
-    let mut request = GenericImage::new(image, tag)
+    Ok(GenericImage::new(image, tag))
+}
+
+fn request(broker: Broker, port: u16) -> Result<ContainerRequest<GenericImage>> {
+    let mut request = image(broker)?
         .with_mapped_port(port, broker.default_port().tcp())
         // Kafka calls itself by the name of the service.
         .with_hostname(broker.name())
@@ -247,9 +262,8 @@ fn container_label() -> Result<String> {
     Ok(format!("{now}-{}-{count}", std::process::id()))
 }
 
-async fn docker(args: &[&str]) -> Result<()> {
+pub(crate) async fn docker(args: &[&str]) -> Result<String> {
     let mut command = Command::new("docker");
     command.args(args);
-    spawn_blocking(move || shell::output(&mut command)).await??;
-    Ok(())
+    spawn_blocking(move || shell::output(&mut command)).await?
 }

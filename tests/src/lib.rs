@@ -3,6 +3,7 @@
 
 pub mod broker;
 pub mod example;
+pub mod nats;
 pub mod observe;
 pub mod wait;
 

@@ -120,6 +120,29 @@ pub fn start(broker: Broker, options: &Options) -> Result<Server> {
     })
 }
 
+/// Starts a nats-server that is described by a configuration file and not by
+/// this program; only address, port and data folder are ours. Paths in the file
+/// are relative to the folder in which it lies; data and log go there too.
+///
+/// # Errors
+///
+/// If nats-server is [`missing`], if the port is taken, or if the server does not
+/// get ready; then the error holds the last lines of its log.
+pub fn start_nats(config: &Path, port: u16) -> Result<Server> {
+    prepare(Broker::Nats, false)?;
+    let port = checked(Broker::Nats, port)?;
+    let mut launch = nats::launch_with(config, port)?;
+    let (process, version) = Process::start(Broker::Nats, &mut launch)?;
+    Ok(Server {
+        broker: Broker::Nats,
+        address: Broker::Nats.address(port),
+        launch,
+        version,
+        process: Some(process),
+        _folder: None,
+    })
+}
+
 /// Starts several brokers at the same time; they are returned in the order
 /// asked for. A port or a data folder in the options is for one broker only.
 ///
@@ -214,7 +237,11 @@ impl Launch {
 
 /// Ports that were free a moment ago. All are held until all are chosen, so
 /// that they differ.
-fn free_ports<const N: usize>() -> Result<[u16; N]> {
+///
+/// # Errors
+///
+/// If there is none.
+pub fn free_ports<const N: usize>() -> Result<[u16; N]> {
     let mut held = Vec::new();
     let mut ports = [0; N];
     for port in &mut ports {
@@ -323,7 +350,12 @@ impl Server {
         self.signal("CONT")
     }
 
-    fn signal(&self, name: &str) -> Result<()> {
+    /// Sends a signal, `USR2` for example, to all processes of the broker.
+    ///
+    /// # Errors
+    ///
+    /// If it does not run.
+    pub fn signal(&self, name: &str) -> Result<()> {
         let process = self.process.as_ref();
         let process =
             process.with_context(|| format!("{} does not run", self.broker))?;

@@ -42,6 +42,28 @@ fn program() -> Option<PathBuf> {
     })
 }
 
+pub(super) fn launch_with(config: &Path, port: u16) -> Result<Launch> {
+    let folder = config.parent().context("a path of a file")?;
+    let program = program().context("nats-server is gone; run again")?;
+    let mut command = Command::new(program);
+    command
+        .current_dir(folder)
+        .arg("--config")
+        .arg(config)
+        .args(["--addr", "127.0.0.1", "--port", &port.to_string()])
+        .arg("--store_dir")
+        .arg(config.with_extension("data"));
+    Ok(Launch {
+        command,
+        port,
+        log: config.with_extension("log"),
+        ready: "Server is ready",
+        version_mark: "Version: ",
+        oldest: &OLDEST,
+        management: None,
+    })
+}
+
 pub(super) fn launch(
     data: &Path,
     log: PathBuf,
