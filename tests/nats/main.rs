@@ -1,6 +1,7 @@
 //! Tests of the NATS examples, by their binaries, against a real server.
 
 mod absent;
+mod kv;
 mod pubsub;
 mod request_reply;
 
