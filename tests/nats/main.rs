@@ -2,6 +2,7 @@
 
 mod absent;
 mod kv;
+mod kv_cas;
 mod kv_watch;
 mod pubsub;
 mod request_reply;
