@@ -2,6 +2,7 @@
 
 mod absent;
 mod pubsub;
+mod request_errors;
 mod request_reply;
 
 use anyhow::Result;
