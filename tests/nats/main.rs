@@ -2,8 +2,10 @@
 
 mod absent;
 mod pubsub;
+mod queue_groups;
 mod request_errors;
 mod request_reply;
+mod subjects;
 
 use anyhow::Result;
 use lab::broker::Broker;
