@@ -11,9 +11,12 @@ mod kv;
 mod kv_cas;
 mod kv_watch;
 mod pubsub;
+mod queue_groups;
+mod request_errors;
 mod request_reply;
 mod service;
 mod servers;
+mod subjects;
 
 use anyhow::Result;
 use lab::broker::Broker;
