@@ -1,6 +1,7 @@
 //! Tests of the NATS examples, by their binaries, against a real server.
 
 mod absent;
+mod drain;
 mod pubsub;
 mod request_reply;
 
