@@ -4,6 +4,7 @@ mod absent;
 mod drain;
 mod pubsub;
 mod request_reply;
+mod slow_consumer;
 
 use anyhow::Result;
 use lab::broker::Broker;
