@@ -10,6 +10,7 @@ mod jetstream_time;
 mod kv;
 mod kv_cas;
 mod kv_watch;
+mod drain;
 mod pubsub;
 mod queue_groups;
 mod request_errors;
@@ -17,6 +18,7 @@ mod request_reply;
 mod service;
 mod servers;
 mod subjects;
+mod slow_consumer;
 
 use anyhow::Result;
 use lab::broker::Broker;
