@@ -3,6 +3,7 @@
 mod absent;
 mod pubsub;
 mod request_reply;
+mod throughput;
 
 use anyhow::Result;
 use lab::broker::Broker;
