@@ -20,6 +20,7 @@ pub mod progress;
 pub mod services;
 pub mod shell;
 pub mod svg;
+pub mod tools;
 pub mod trouble;
 pub mod up;
 pub mod workspace;

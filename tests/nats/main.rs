@@ -19,6 +19,7 @@ mod service;
 mod servers;
 mod subjects;
 mod slow_consumer;
+mod throughput;
 
 use anyhow::Result;
 use lab::broker::Broker;

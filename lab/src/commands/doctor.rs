@@ -9,7 +9,7 @@ use lab::{
     docker::{self, Engine},
     images, native, packages,
     probe::{self, Listener},
-    services, shell,
+    services, shell, tools,
 };
 
 /// Shows what this machine has for the examples, and how to get the rest.
@@ -140,6 +140,7 @@ fn building() -> Vec<Finding> {
         program("C compiler", "cc", "gcc"),
         program("make", "make", "make"),
         optional(program("cmake", "cmake", "cmake")),
+        optional(nats_cli()),
     ]
 }
 
@@ -151,6 +152,13 @@ fn program(what: &str, name: &str, package: &str) -> Finding {
         Err(_) => Err(mended_by("missing", packages::install_command(&[package]))),
     };
     Finding::new(what, state)
+}
+
+/// What some tests of the NATS examples and the benchmark run.
+fn nats_cli() -> Finding {
+    let found = tools::nats_cli();
+    let state = found.map(|program| program.display().to_string());
+    Finding::new("nats", state.map_err(|error| error.to_string()))
 }
 
 fn answering(broker: Broker) -> Finding {

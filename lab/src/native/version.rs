@@ -2,7 +2,7 @@
 
 /// Is this version, such as `3.10.8`, as new as the wanted one, such as
 /// `[3, 10]`? What follows the numbers, such as `-rc.1`, does not count.
-pub(super) fn at_least(version: &str, wanted: &[u32]) -> bool {
+pub(crate) fn at_least(version: &str, wanted: &[u32]) -> bool {
     let numbers: Vec<u32> = version
         .split('.')
         .map_while(|part| {
