@@ -1,6 +1,7 @@
 //! Tests of the NATS examples, by their binaries, against a real server.
 
 mod absent;
+mod drain;
 mod jetstream_atomic_batch;
 mod jetstream_dedup;
 mod jetstream_limits;
@@ -10,15 +11,14 @@ mod jetstream_time;
 mod kv;
 mod kv_cas;
 mod kv_watch;
-mod drain;
 mod pubsub;
 mod queue_groups;
 mod request_errors;
 mod request_reply;
-mod service;
 mod servers;
-mod subjects;
+mod service;
 mod slow_consumer;
+mod subjects;
 mod throughput;
 
 use anyhow::Result;

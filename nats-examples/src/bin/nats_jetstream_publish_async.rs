@@ -145,7 +145,11 @@ async fn publish_all(
             // come, and the others are on their way meanwhile.
             settle(window.pop_front(), &mut refused).await?;
         }
-        let answer = jetstream.publish(subject, message).await?;
+        let answer =
+            jetstream.publish(subject, message).await.with_context(|| {
+                let oldest = window.front().map_or(number, |(number, _)| *number);
+                unknown_from(oldest)
+            })?;
         window.push_back((number, answer));
     }
     while !window.is_empty() {
@@ -169,14 +173,14 @@ async fn settle(
             .and_then(|source| source.downcast_ref::<jetstream::Error>());
         match server {
             Some(server) => refused.push((number, server.to_string())),
-            None => {
-                return Err(error).with_context(|| {
-                    format!("message {number} may be stored or not")
-                });
-            }
+            None => return Err(error).with_context(|| unknown_from(number)),
         }
     }
     Ok(())
+}
+
+fn unknown_from(number: usize) -> String {
+    format!("message {number} and those after it may be stored or not")
 }
 // ANCHOR_END: window
 
