@@ -14,6 +14,7 @@ mod kv_watch;
 mod pubsub;
 mod queue_groups;
 mod request_errors;
+mod reconnect;
 mod request_reply;
 mod servers;
 mod service;

@@ -129,6 +129,21 @@ impl TestBroker {
         self.ready().await
     }
 
+    /// Sends a signal that the broker knows, such as `USR2`, which puts NATS into
+    /// lame duck mode. For one that ends it, there is [`Self::kill`].
+    ///
+    /// # Errors
+    ///
+    /// If the broker is not running.
+    pub async fn signal(&self, name: &str) -> Result<()> {
+        match &self.process {
+            Process::Container { id, .. } => {
+                docker(&["kill", "--signal", name, id]).await
+            }
+            Process::Native(server) => block_in_place(|| server.signal(name)),
+        }
+    }
+
     /// Waits until a client is served: an open port is not enough, Docker's
     /// proxy opens it before the broker does.
     async fn ready(&self) -> Result<()> {
