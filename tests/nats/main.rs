@@ -11,6 +11,7 @@ mod jetstream_time;
 mod kv;
 mod kv_cas;
 mod kv_watch;
+mod payloads;
 mod pubsub;
 mod queue_groups;
 mod request_errors;
