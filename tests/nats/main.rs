@@ -11,6 +11,7 @@ mod jetstream_time;
 mod kv;
 mod kv_cas;
 mod kv_watch;
+mod concurrent;
 mod payloads;
 mod pubsub;
 mod queue_groups;
