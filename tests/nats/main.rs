@@ -17,6 +17,7 @@ mod pubsub;
 mod queue_groups;
 mod request_errors;
 mod reconnect;
+mod request_many;
 mod request_reply;
 mod servers;
 mod service;
