@@ -13,6 +13,7 @@ mod kv_cas;
 mod kv_watch;
 mod concurrent;
 mod payloads;
+mod jetstream_pull_consumer;
 mod pubsub;
 mod queue_groups;
 mod request_errors;
