@@ -10,6 +10,7 @@ mod jetstream_publish;
 mod jetstream_time;
 mod kv;
 mod kv_cas;
+mod kv_lease;
 mod kv_watch;
 mod concurrent;
 mod payloads;
