@@ -1,24 +1,24 @@
 //! Tests of the NATS examples, by their binaries, against a real server.
 
 mod absent;
+mod concurrent;
 mod drain;
 mod jetstream_atomic_batch;
 mod jetstream_dedup;
 mod jetstream_limits;
 mod jetstream_optimistic;
 mod jetstream_publish;
+mod jetstream_pull_consumer;
 mod jetstream_time;
 mod kv;
 mod kv_cas;
 mod kv_lease;
 mod kv_watch;
-mod concurrent;
 mod payloads;
-mod jetstream_pull_consumer;
 mod pubsub;
 mod queue_groups;
-mod request_errors;
 mod reconnect;
+mod request_errors;
 mod request_many;
 mod request_reply;
 mod servers;
