@@ -138,7 +138,7 @@ impl TestBroker {
     pub async fn signal(&self, name: &str) -> Result<()> {
         match &self.process {
             Process::Container { id, .. } => {
-                docker(&["kill", "--signal", name, id]).await
+                docker(&["kill", "--signal", name, id]).await.map(drop)
             }
             Process::Native(server) => block_in_place(|| server.signal(name)),
         }
