@@ -15,6 +15,7 @@ mod kv;
 mod kv_cas;
 mod kv_lease;
 mod kv_watch;
+mod observe;
 mod payloads;
 mod pubsub;
 mod queue_groups;
