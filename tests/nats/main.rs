@@ -17,6 +17,7 @@ mod kv_lease;
 mod kv_watch;
 mod observe;
 mod payloads;
+mod object_store;
 mod pubsub;
 mod queue_groups;
 mod reconnect;
