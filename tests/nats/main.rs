@@ -18,6 +18,7 @@ mod kv_watch;
 mod observe;
 mod payloads;
 mod object_store;
+mod jetstream_retention;
 mod pubsub;
 mod queue_groups;
 mod reconnect;
