@@ -19,6 +19,7 @@ mod observe;
 mod payloads;
 mod object_store;
 mod jetstream_retention;
+mod jetstream_worker_pool;
 mod pubsub;
 mod queue_groups;
 mod reconnect;
