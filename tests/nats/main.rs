@@ -20,6 +20,7 @@ mod payloads;
 mod object_store;
 mod jetstream_retention;
 mod jetstream_worker_pool;
+mod jetstream_acks;
 mod pubsub;
 mod queue_groups;
 mod reconnect;
