@@ -15,6 +15,7 @@ pub mod job;
 pub mod markdown;
 pub mod native;
 pub mod packages;
+pub mod private;
 pub mod probe;
 pub mod progress;
 pub mod services;

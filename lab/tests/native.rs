@@ -17,6 +17,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lab::{
     broker::Broker,
     native::{self, Options, Server},
+    private,
 };
 
 /// Longer than anything here takes; ends a test that waits in vain.
@@ -91,6 +92,29 @@ fn a_taken_port_is_named_with_the_setting_that_moves_it() -> Result<()> {
         error,
         format!("port {port} is taken; set NATS_PORT to a free one")
     );
+    Ok(())
+}
+
+#[test]
+fn a_private_server_has_its_configuration_and_ends_when_dropped() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let config = folder.path().join("nats_private.conf");
+    fs::write(&config, "server_name: private\n")?;
+    let server = private::start(&config, true)?;
+    let [(name, url)] = server.variables.as_slice() else {
+        bail!("only the address is needed: {:?}", server.variables);
+    };
+    assert_eq!(*name, "NATS_URL");
+    let port = url.rsplit(':').next().context(url.clone())?.parse()?;
+    let connection = TcpStream::connect((Ipv4Addr::LOCALHOST, port))?;
+    let mut greeting = String::new();
+    BufReader::new(&connection).read_line(&mut greeting)?;
+    assert!(
+        greeting.contains(r#""server_name":"private""#),
+        "{greeting}"
+    );
+    drop(server);
+    assert!(!is_open(port), "something still serves port {port}");
     Ok(())
 }
 

@@ -2,13 +2,13 @@
 
 use std::{
     env,
-    process::{Command, ExitCode},
+    process::{Command, ExitCode, ExitStatus},
 };
 
 use anyhow::Result;
 use lab::{
     broker::Broker,
-    progress, shell,
+    cleanup, private, progress, shell,
     up::{self, Way},
     workspace,
 };
@@ -17,6 +17,9 @@ use lab::{
 ///
 /// The broker stays up, so that the other half of a lesson finds it; `cargo lab
 /// down` stops it. With an address in the environment, nothing is started.
+///
+/// An example about the settings of a server, `<package>/config/NAME.conf`, gets
+/// a server of its own, which ends with it.
 #[derive(clap::Args)]
 #[command(after_help = "\
 EXAMPLES:
@@ -51,6 +54,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if !args.args.is_empty() {
         command.arg("--").args(&args.args);
     }
+    let given = env::var_os(example.broker.address_var()).is_some();
+    if let Some(config) = private::config(example)
+        && !given
+    {
+        let server = private::start(&config, args.yes)?;
+        command.envs(server.variables.iter().map(|(name, value)| (name, value)));
+        return attend(command);
+    }
     if let Some(address) = address(example.broker, args.yes)? {
         command.env(example.broker.address_var(), address);
     }
@@ -71,6 +82,22 @@ fn address(broker: Broker, yes: bool) -> Result<Option<String>> {
         .map(|port| broker.address(port)))
 }
 
+/// Waits for the end of the example, after which its server can go.
+fn attend(mut command: Command) -> Result<ExitCode> {
+    progress::line(format!("$ {}", shell::shown(&command)));
+    let mut child = command.spawn()?;
+    // Newer than the server's guard, so it ends before the server.
+    let guard = cleanup::process(child.id())?;
+    let status = child.wait()?;
+    guard.release();
+    Ok(exit_code(status))
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    let code = status.code().unwrap_or(1);
+    u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from)
+}
+
 /// Becomes the example, so that Ctrl-C is the example's affair alone.
 #[cfg(unix)]
 fn replace(mut command: Command) -> Result<ExitCode> {
@@ -79,6 +106,5 @@ fn replace(mut command: Command) -> Result<ExitCode> {
 
 #[cfg(not(unix))]
 fn replace(mut command: Command) -> Result<ExitCode> {
-    let code = command.status()?.code().unwrap_or(1);
-    Ok(u8::try_from(code).map_or(ExitCode::FAILURE, ExitCode::from))
+    Ok(exit_code(command.status()?))
 }
