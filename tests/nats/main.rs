@@ -21,6 +21,7 @@ mod object_store;
 mod jetstream_retention;
 mod jetstream_worker_pool;
 mod jetstream_acks;
+mod permissions;
 mod pubsub;
 mod queue_groups;
 mod reconnect;
