@@ -3,7 +3,7 @@
 use anyhow::Result;
 use tests::{
     Example,
-    example::{fail_with_one_line, siblings},
+    example::{fail_with_one_line, siblings, without_address},
 };
 use tokio::net::TcpListener;
 
@@ -39,5 +39,17 @@ async fn a_broken_address_is_named_with_a_right_one() -> Result<()> {
     ] {
         one_line(url, &["NATS_URL", "nats://localhost:4222"]).await?;
     }
+    Ok(())
+}
+
+/// The examples that are not tried above, because they start their own server.
+#[tokio::test]
+async fn only_these_examples_read_no_address() -> Result<()> {
+    let names: Vec<_> = without_address(PUBSUB)?
+        .iter()
+        .filter_map(|path| path.rsplit(['/', '\\']).next().map(str::to_owned))
+        .collect();
+    let suffix = std::env::consts::EXE_SUFFIX;
+    assert_eq!(names, [format!("nats_test_server{suffix}")]);
     Ok(())
 }

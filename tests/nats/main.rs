@@ -33,6 +33,7 @@ mod service;
 mod slow_consumer;
 mod subjects;
 mod throughput;
+mod test_server;
 
 use anyhow::Result;
 use lab::broker::Broker;

@@ -304,13 +304,30 @@ pub async fn fail_with_one_line(
 }
 
 /// The binaries of all examples in the package of this one,
-/// `env!("CARGO_BIN_EXE_<name>")`: a new example keeps the contract without being
-/// named in a second place.
+/// `env!("CARGO_BIN_EXE_<name>")`, that read the address of a broker: a new
+/// example keeps the contract without being named in a second place.
+///
+/// An example whose source does not name the variable starts its own broker, and
+/// has no address that could be wrong. [`without_address`] has those.
 ///
 /// # Errors
 ///
 /// If the sources cannot be read.
 pub fn siblings(binary: &str) -> Result<Vec<String>> {
+    family(binary, true)
+}
+
+/// As [`siblings`], those that read no address: a test lists them, so that none
+/// is left out by mistake.
+///
+/// # Errors
+///
+/// If the sources cannot be read.
+pub fn without_address(binary: &str) -> Result<Vec<String>> {
+    family(binary, false)
+}
+
+fn family(binary: &str, reads_address: bool) -> Result<Vec<String>> {
     let path = Path::new(binary);
     let name = path.file_stem().unwrap_or_default().to_string_lossy();
     let all = workspace::examples()?;
@@ -320,13 +337,15 @@ pub fn siblings(binary: &str) -> Result<Vec<String>> {
         .with_context(|| format!("no example is named {name}"))?
         .package
         .clone();
-    let of_package = all.iter().filter(|example| example.package == package);
-    Ok(of_package
-        .map(|example| {
+    let mut binaries = Vec::new();
+    for example in all.iter().filter(|example| example.package == package) {
+        let source = fs::read_to_string(&example.path)?;
+        if source.contains(example.broker.address_var()) == reads_address {
             let file = format!("{}{}", example.name, env::consts::EXE_SUFFIX);
-            path.with_file_name(file).to_string_lossy().into_owned()
-        })
-        .collect())
+            binaries.push(path.with_file_name(file).to_string_lossy().into_owned());
+        }
+    }
+    Ok(binaries)
 }
 
 /// A password for addresses in tests, to be recognised wherever it is shown.

@@ -184,6 +184,17 @@ pub fn prepare(broker: Broker, yes: bool) -> Result<()> {
     Ok(())
 }
 
+/// The `nats-server` program, fetched if it is missing: for tests of what starts
+/// a server by itself.
+///
+/// # Errors
+///
+/// If it can neither be found nor fetched.
+pub fn nats_server() -> Result<PathBuf> {
+    prepare(Broker::Nats, true)?;
+    nats::program().context("nats-server is gone; run again")
+}
+
 /// One line: what is missing, and what to do.
 fn refusal(broker: Broker, missing: &[Missing]) -> String {
     let what: Vec<_> = missing.iter().map(|item| item.what.as_str()).collect();

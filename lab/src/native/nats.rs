@@ -35,7 +35,7 @@ pub(super) fn fetch() -> Result<()> {
 }
 
 /// The installed server, else the fetched one.
-fn program() -> Option<PathBuf> {
+pub(super) fn program() -> Option<PathBuf> {
     shell::which(PROGRAM).or_else(|| {
         let fetched = WHEEL.folder().join("bin").join(PROGRAM);
         fetched.is_file().then_some(fetched)
