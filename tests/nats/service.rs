@@ -125,6 +125,21 @@ async fn an_instance_that_stops_leaves_its_requests_to_the_other() -> Result<()>
 }
 
 #[tokio::test]
+async fn a_message_without_a_reply_subject_ends_no_instance() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let nats = nats().await?;
+    let observer = observe::nats::connect(nats.1).await?;
+    let mut instance = Example::start(SERVICE, &["instance"], nats)?;
+    instance.prints("ready:").await?;
+    observer.publish(SUBJECT, "sku-1".into()).await?;
+    let answer = observer.request(SUBJECT, "sku-1".into()).await?;
+    assert_eq!(&answer.payload[..], b"12 in stock");
+    instance.terminate().await?;
+    instance.end().await?.succeeded()?;
+    Ok(())
+}
+
+#[tokio::test]
 async fn a_question_without_an_instance_is_one_line() -> Result<()> {
     let _turn = TURN.lock().await;
     let nats = nats().await?;

@@ -146,6 +146,11 @@ async fn start(client: &Client) -> Result<(Service, Endpoint)> {
 // ANCHOR: answer
 async fn answer_all(mut requests: Endpoint) -> Result<()> {
     while let Some(request) = requests.next().await {
+        // A plain publish has no reply subject; to respond to it is an error, and
+        // with `?` the end of this instance.
+        if request.message.reply.is_none() {
+            continue;
+        }
         let sku = String::from_utf8_lossy(&request.message.payload);
         let answer = match sku.as_ref() {
             "sku-1" => Ok(Bytes::from("12 in stock")),
