@@ -5,7 +5,9 @@ pub mod broker;
 pub mod example;
 pub mod nats;
 pub mod observe;
+pub mod proxy;
 pub mod wait;
 
 pub use broker::TestBroker;
 pub use example::Example;
+pub use proxy::Proxy;
