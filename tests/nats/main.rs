@@ -34,6 +34,7 @@ mod slow_consumer;
 mod subjects;
 mod test_server;
 mod throughput;
+mod tls;
 
 use anyhow::Result;
 use lab::broker::Broker;
