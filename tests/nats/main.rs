@@ -21,6 +21,7 @@ mod kv_watch;
 mod object_store;
 mod observe;
 mod payloads;
+mod nkey;
 mod permissions;
 mod pubsub;
 mod queue_groups;
