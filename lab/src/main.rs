@@ -49,6 +49,7 @@ enum Command {
     Index(commands::index::Args),
     Record(commands::record::Args),
     Book(commands::book::Args),
+    Bench(commands::bench::Args),
 }
 
 fn main() -> ExitCode {
@@ -94,5 +95,6 @@ fn run(command: &Command) -> Result<ExitCode> {
         Command::Index(args) => commands::index::run(args),
         Command::Record(args) => commands::record::run(args),
         Command::Book(args) => commands::book::run(args),
+        Command::Bench(args) => commands::bench::run(args),
     }
 }

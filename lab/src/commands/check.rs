@@ -18,10 +18,11 @@ use lab::{
     workspace::{self, files, read, shown},
 };
 
-use super::{index, test};
+use super::{bench, index, test};
 
 /// Finds what does not agree with the code: headers, recorded outputs, pages,
-/// translations, links, the index and the picture in the READMEs.
+/// translations, links, the index, the picture in the READMEs and what shows the
+/// results of the benchmark.
 ///
 /// Each finding is one line with its file, its line and the way out.
 #[derive(clap::Args)]
@@ -45,7 +46,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     match problems.len() {
         0 => {
-            println!("✓ examples, outputs, pages, links, index and picture agree");
+            println!(
+                "✓ examples, outputs, pages, links, index, picture and figures agree"
+            );
             Ok(ExitCode::SUCCESS)
         }
         1 => anyhow::bail!("1 problem"),
@@ -97,6 +100,7 @@ fn problems(root: &Path) -> Result<Vec<Problem>> {
     check_index(&mut report);
     check_picture(&mut report);
     check_summary(&mut report);
+    check_bench(&mut report);
     check_test_modules(&mut report)?;
     report.problems.sort();
     Ok(report.problems)
@@ -150,6 +154,22 @@ fn check_picture(report: &mut Report<'_>) {
             1,
             "the picture does not show demo.txt; run cargo lab record --picture",
         ),
+    }
+}
+
+/// The tables and the picture of a benchmark show its results.
+fn check_bench(report: &mut Report<'_>) {
+    match bench::problems(report.root) {
+        Err(error) => {
+            let folder = report.root.join("docs/bench");
+            report.add(&folder, 1, format!("cannot be checked: {error:#}"));
+        }
+        Ok(problems) => {
+            for (file, problem) in problems {
+                let text = format!("{problem}; run cargo lab bench --render");
+                report.add(&report.root.join(file), 1, text);
+            }
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 //! One module for each command, with its arguments and `run`.
 
+pub mod bench;
 pub mod book;
 pub mod check;
 pub mod demo;

@@ -298,6 +298,11 @@ impl Server {
         &self.launch.log
     }
 
+    /// The id of the broker's first process; none after [`Self::kill`].
+    pub fn process_id(&self) -> Option<u32> {
+        self.process.as_ref().map(Process::id)
+    }
+
     /// The address of RabbitMQ's management API, or of NATS' monitoring.
     pub fn management(&self) -> Option<&str> {
         self.launch.management.as_deref()
