@@ -48,9 +48,10 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    match cleanup::on_interrupt().and_then(|()| run(cli.command)) {
+    let result = cleanup::on_interrupt().and_then(|()| run(cli.command));
+    cleanup::hold_if_interrupted();
+    match result {
         Ok(()) => ExitCode::SUCCESS,
-        Err(_) if cleanup::interrupted() => ExitCode::from(130),
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
