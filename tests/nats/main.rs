@@ -18,6 +18,7 @@ mod kv;
 mod kv_cas;
 mod kv_lease;
 mod kv_watch;
+mod accounts;
 mod jwt;
 mod nkey;
 mod object_store;
