@@ -52,7 +52,7 @@ fn draw(
     area.draw(&Text::new(title, (16, 16), font(18)))?;
 
     let right = rows.iter().map(|row| row.ratio.max.max(row.case.target));
-    let right = right.fold(1.2, f64::max) * 1.1;
+    let right = right.fold(1.2, f64::max) * 1.15;
     let mut chart = ChartBuilder::on(&area)
         .margin_top(TOP)
         .margin_right(20)
@@ -87,17 +87,19 @@ fn draw(
         );
         let label = Text::new(name, (-10, 0), font(14).pos(anchor));
         let value = format!("{:.2}", row.ratio.median);
-        let inside = ("sans-serif", 13).into_font().color(&WHITE);
         let anchor = text_anchor::Pos::new(
             text_anchor::HPos::Left,
             text_anchor::VPos::Center,
         );
-        let value = Text::new(value, (6, 0), inside.pos(anchor));
+        let value = Text::new(value, (12, 0), font(13).pos(anchor));
         let target = Circle::new((row.case.target, middle), 5, style(DARK));
         chart.draw_series([Rectangle::new(bar, style(color).filled())])?;
         chart.draw_series([PathElement::new(ends, style(DARK).stroke_width(2))])?;
         chart.draw_series([target])?;
-        chart.draw_series([EmptyElement::at((0.0, middle)) + label + value])?;
+        chart.draw_series([EmptyElement::at((0.0, middle)) + label])?;
+        // Right of all that is drawn in this row.
+        let end = row.ratio.max.max(row.case.target);
+        chart.draw_series([EmptyElement::at((end, middle)) + value])?;
     }
     let top = f64::from(count);
     let even = vec![(1.0, 0.0), (1.0, top)];

@@ -483,3 +483,11 @@ fn a_link_that_leaves_the_book() {
     workspace.append(CHINESE, &format!("\n{link}\n"));
     workspace.finds(&format!("{CHINESE}:12"), "not in the built book");
 }
+
+/// This small workspace has no driver that could tell whether they are shown.
+#[test]
+fn results_of_a_benchmark_that_nobody_can_check() {
+    let workspace = Workspace::new();
+    workspace.write("docs/bench/nats.json", "{}");
+    workspace.finds("docs/bench:1", "cannot be checked");
+}
