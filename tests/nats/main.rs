@@ -1,6 +1,7 @@
 //! Tests of the NATS examples, by their binaries, against a real server.
 
 mod absent;
+mod accounts;
 mod concurrent;
 mod drain;
 mod jetstream_acks;
@@ -14,12 +15,11 @@ mod jetstream_pull_consumer;
 mod jetstream_retention;
 mod jetstream_time;
 mod jetstream_worker_pool;
+mod jwt;
 mod kv;
 mod kv_cas;
 mod kv_lease;
 mod kv_watch;
-mod accounts;
-mod jwt;
 mod nkey;
 mod object_store;
 mod observe;
