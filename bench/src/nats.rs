@@ -207,7 +207,7 @@ impl Nats<'_> {
                 ),
             ),
             messages,
-            target: 1.0,
+            target: 1.3,
             example: PUBLISH_ASYNC,
             rust: Plan {
                 before: vec![Before::Clean],
@@ -249,7 +249,7 @@ impl Nats<'_> {
                 "文件存储，单副本，服务器默认两分钟同步一次磁盘；等到确认再发下一条",
             ),
             messages,
-            target: 1.0,
+            target: 1.3,
             example: PUBLISH,
             rust: Plan {
                 before: vec![Before::Clean],

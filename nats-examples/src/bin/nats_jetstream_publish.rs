@@ -54,7 +54,9 @@ const USAGE: &str = "usage: nats_jetstream_publish [COUNT [BYTES]]";
 /// How long the stream may take to store what nobody answers for.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-#[tokio::main]
+// One thread: this program waits for the client's connection and the connection
+// for this program, by turns. On two threads each turn would wake the other one.
+#[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let numbers: Result<Vec<NonZeroUsize>, _> =
         env::args().skip(1).map(|word| word.parse()).collect();

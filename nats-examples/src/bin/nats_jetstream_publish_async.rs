@@ -56,7 +56,9 @@ const WINDOW: usize = 5_000;
 /// How long the server may take to answer for a message.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-#[tokio::main]
+// One thread: the program and the client's connection hand messages and answers
+// to each other all the time, and on two threads would wake each other for it.
+#[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let numbers: Result<Vec<NonZeroUsize>, _> =
         env::args().skip(1).map(|word| word.parse()).collect();

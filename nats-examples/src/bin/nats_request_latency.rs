@@ -63,6 +63,8 @@ const RATE: u32 = 1000;
 const PAUSE: Duration = Duration::from_millis(250);
 const PAUSE_BEFORE: u32 = COUNT / 2;
 
+// One thread: this program waits for the client's connection and the connection
+// for this program, by turns. On two threads each turn would wake the other one.
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> ExitCode {
     let words: Vec<String> = env::args().skip(1).collect();
