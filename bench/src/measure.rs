@@ -49,7 +49,9 @@ pub struct Task {
     pub title: Text,
     pub settings: Text,
     pub messages: u64,
-    pub target: f64,
+    /// How many times as quick as the tool the example should be, if anything was
+    /// aimed at.
+    pub target: Option<f64>,
     /// The example that is measured.
     pub example: &'static str,
     pub rust: Plan,

@@ -126,7 +126,7 @@ impl Nats<'_> {
                 "不存储，没有订阅者；服务器回答了最后一条才算结束",
             ),
             messages,
-            target: 1.2,
+            target: Some(1.2),
             example: THROUGHPUT,
             rust: Plan {
                 before: vec![],
@@ -158,7 +158,7 @@ impl Nats<'_> {
                  65536 条，工具不设上限",
             ),
             messages,
-            target: 1.1,
+            target: Some(1.1),
             example: THROUGHPUT,
             rust: Plan {
                 before: vec![],
@@ -207,7 +207,7 @@ impl Nats<'_> {
                 ),
             ),
             messages,
-            target: 1.3,
+            target: Some(1.3),
             example: PUBLISH_ASYNC,
             rust: Plan {
                 before: vec![Before::Clean],
@@ -249,7 +249,7 @@ impl Nats<'_> {
                 "文件存储，单副本，服务器默认两分钟同步一次磁盘；等到确认再发下一条",
             ),
             messages,
-            target: 1.3,
+            target: Some(1.3),
             example: PUBLISH,
             rust: Plan {
                 before: vec![Before::Clean],
@@ -287,7 +287,7 @@ impl Nats<'_> {
                 "文件存储，单副本；逐条显式确认，不等服务器对确认的回应",
             ),
             messages,
-            target: 1.0,
+            target: Some(1.0),
             example: EXAMPLE,
             rust: Plan {
                 before: vec![
@@ -357,7 +357,7 @@ impl Nats<'_> {
             title,
             settings,
             messages,
-            target: 1.0,
+            target: None,
             example: EXAMPLE,
             rust: Plan {
                 before: vec![],

@@ -51,7 +51,9 @@ fn draw(
     let font = |size: i32| ("sans-serif", size).into_font().color(&DARK);
     area.draw(&Text::new(title, (16, 16), font(18)))?;
 
-    let right = rows.iter().map(|row| row.ratio.max.max(row.case.target));
+    let right = rows
+        .iter()
+        .map(|row| row.ratio.max.max(row.case.target.unwrap_or(0.0)));
     let right = right.fold(1.2, f64::max) * 1.15;
     let mut chart = ChartBuilder::on(&area)
         .margin_top(TOP)
@@ -92,13 +94,15 @@ fn draw(
             text_anchor::VPos::Center,
         );
         let value = Text::new(value, (12, 0), font(13).pos(anchor));
-        let target = Circle::new((row.case.target, middle), 5, style(DARK));
         chart.draw_series([Rectangle::new(bar, style(color).filled())])?;
         chart.draw_series([PathElement::new(ends, style(DARK).stroke_width(2))])?;
-        chart.draw_series([target])?;
+        let target = row.case.target;
+        chart.draw_series(
+            target.map(|target| Circle::new((target, middle), 5, style(DARK))),
+        )?;
         chart.draw_series([EmptyElement::at((0.0, middle)) + label])?;
         // Right of all that is drawn in this row.
-        let end = row.ratio.max.max(row.case.target);
+        let end = row.ratio.max.max(row.case.target.unwrap_or(0.0));
         chart.draw_series([EmptyElement::at((end, middle)) + value])?;
     }
     let top = f64::from(count);

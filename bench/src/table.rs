@@ -55,12 +55,14 @@ fn figures(report: &Report, language: Language) -> String {
     table.push_str("| --- | --- | --: | --: | --: | --- |\n");
     for row in report.rows() {
         let verdict = match row.reached() {
-            true => language.pick("reached", "达到"),
-            false => language.pick("**not reached**", "**未达到**"),
+            Some(true) => language.pick(": reached", "：达到"),
+            Some(false) => language.pick(": **not reached**", "：**未达到**"),
+            None => language.pick("none", "无"),
         };
-        let target = format!("{:.1}", row.case.target);
+        let target = row.case.target.map(|target| format!("{target:.1}"));
+        let target = target.unwrap_or_default();
         table.push_str(&format!(
-            "| {} | {} | {} | {} | {} | {target}: {verdict} |\n",
+            "| {} | {} | {} | {} | {} | {target}{verdict} |\n",
             language.of(&row.case.title),
             row.measure.name(),
             spread(row.rust, figure),
