@@ -9,6 +9,7 @@ mod jetstream_atomic_batch;
 mod jetstream_dedup;
 mod jetstream_limits;
 mod jetstream_optimistic;
+mod jetstream_ordered_consumer;
 mod jetstream_priority_groups;
 mod jetstream_publish;
 mod jetstream_pull_consumer;
