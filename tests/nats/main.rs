@@ -8,6 +8,7 @@ mod jetstream_acks;
 mod jetstream_atomic_batch;
 mod jetstream_consumer_limits;
 mod jetstream_dedup;
+mod jetstream_inspect;
 mod jetstream_limits;
 mod jetstream_mirror_source;
 mod jetstream_optimistic;
