@@ -7,6 +7,7 @@ mod drain;
 mod jetstream_acks;
 mod jetstream_atomic_batch;
 mod jetstream_consumer_limits;
+mod jetstream_dead_letter;
 mod jetstream_dedup;
 mod jetstream_inspect;
 mod jetstream_limits;
