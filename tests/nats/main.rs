@@ -2,6 +2,8 @@
 
 mod absent;
 mod accounts;
+mod cli;
+mod cluster_failover;
 mod concurrent;
 mod drain;
 mod jetstream_acks;

@@ -11,7 +11,7 @@ use tokio::{sync::Mutex, task::unconstrained};
 use crate::nats;
 
 const QUEUE_GROUPS: &str = env!("CARGO_BIN_EXE_nats_queue_groups");
-const SUBJECT: &str = "packing.orders";
+const SUBJECT: &str = "packers.orders";
 const ORDERS: usize = 200;
 
 /// A member of another test would take its share.

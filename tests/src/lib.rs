@@ -4,6 +4,7 @@
 pub mod broker;
 pub mod example;
 pub mod nats;
+pub mod nats_cli;
 pub mod observe;
 pub mod proxy;
 pub mod wait;

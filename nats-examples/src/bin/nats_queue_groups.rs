@@ -14,7 +14,7 @@
 //! Expected output:
 //!
 //! ```text
-//! published: 200 orders to packing.orders
+//! published: 200 orders to packers.orders
 //! packer a:  <n> orders
 //! packer b:  <n> orders
 //! packed:    200 orders once, 0 twice
@@ -32,7 +32,7 @@ use futures_lite::StreamExt as _;
 use tokio::time::timeout;
 
 const DEFAULT_URL: &str = "nats://localhost:4222";
-const SUBJECT: &str = "packing.orders";
+const SUBJECT: &str = "packers.orders";
 const GROUP: &str = "packers";
 const ORDERS: usize = 200;
 /// How long the server may take to deliver.
