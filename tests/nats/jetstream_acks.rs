@@ -5,12 +5,14 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use async_nats::Subscriber;
 use futures_lite::{StreamExt as _, future::poll_once};
-use tests::{Example, observe};
+use lab::broker::Broker;
+use tests::{Example, Proxy, TestBroker, example::Ended, observe, wait};
 use tokio::{sync::Mutex, time::timeout};
 
 use crate::nats;
 
 const ACKS: &str = env!("CARGO_BIN_EXE_nats_jetstream_acks");
+const DOUBLE_ACK: &str = env!("CARGO_BIN_EXE_nats_jetstream_double_ack");
 const STREAM: &str = "CARRIER_BOOKINGS";
 
 /// What `ack()` of this client sends: an empty message counts as "+ACK".
@@ -167,4 +169,80 @@ async fn nothing_is_delivered_any_more_and_the_stream_keeps_all() -> Result<()> 
     // 1, 3, 4 once, 2 twice, 5 three times.
     assert_eq!(info.delivered.consumer_sequence, 8);
     Ok(())
+}
+
+/// A worker behind a proxy, to which one payment is delivered and whose first
+/// answer never arrives. What it printed, and the deliveries that the server made.
+async fn ack_lost(
+    args: &[&str],
+    answered: &str,
+    again: &str,
+) -> Result<(Ended, u64)> {
+    let broker = TestBroker::start(Broker::Nats).await?;
+    let target = broker.address().trim_start_matches("nats://").to_owned();
+    let proxy = Proxy::start(&target).await?;
+    let address = format!("nats://{}", proxy.address());
+    let mut worker = Example::start(DOUBLE_ACK, args, ("NATS_URL", &address))?;
+    worker.prints("waiting for payments").await?;
+
+    let jetstream = observe::nats::jetstream(broker.address()).await?;
+    let stream = jetstream.get_stream("PAYMENT_CAPTURES").await?;
+    // Its request for messages has to be there before it can ask no more.
+    wait::until("the worker's request", async || {
+        let info = stream.consumer_info("capturer").await?;
+        ensure!(info.num_waiting == 1, "{}", info.num_waiting);
+        Ok(())
+    })
+    .await?;
+    proxy.freeze();
+    jetstream
+        .publish("payment.captures", "pay-1".into())
+        .await?
+        .await?;
+    worker.prints(answered).await?;
+    let info = stream.consumer_info("capturer").await?;
+    assert_eq!(info.num_ack_pending, 1, "the server has no answer");
+
+    proxy.cut();
+    worker.prints("pay-1: captured before, not again").await?;
+    worker.prints(again).await?;
+    wait::until("the second answer", async || {
+        let info = stream.consumer_info("capturer").await?;
+        ensure!(info.num_ack_pending == 0, "{}", info.num_ack_pending);
+        Ok(())
+    })
+    .await?;
+    worker.terminate().await?;
+    let ended = worker.end().await?;
+    let info = stream.consumer_info("capturer").await?;
+    Ok((ended, info.delivered.consumer_sequence))
+}
+
+#[tokio::test]
+async fn confirmed_acks_capture_each_payment_once() -> Result<()> {
+    let nats = nats().await?;
+    let ended = Example::start(DOUBLE_ACK, &[], nats)?.end().await?;
+    ended.succeeded()?.printed_what_its_header_says()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_worker_sees_that_its_ack_is_lost_and_captures_once() -> Result<()> {
+    let not_confirmed = "pay-1: ack not confirmed";
+    let (ended, deliveries) =
+        ack_lost(&["worker"], not_confirmed, "pay-1: ack confirmed").await?;
+    let ended = ended.succeeded()?;
+    assert_eq!(deliveries, 2);
+    assert_eq!(ended.stdout.matches("pay-1: captured\n").count(), 1);
+    ended.printed_what_the_book_shows("lost")
+}
+
+/// The control: of a plain ack the worker believes that it has arrived.
+#[tokio::test(flavor = "multi_thread")]
+async fn control_a_plain_ack_is_lost_without_a_word() -> Result<()> {
+    let sent = "pay-1: ack sent";
+    let (ended, deliveries) = ack_lost(&["worker", "--plain"], sent, sent).await?;
+    let ended = ended.succeeded()?;
+    assert_eq!(deliveries, 2);
+    ensure!(!ended.stdout.contains("not confirmed"), "{}", ended.stdout);
+    ended.printed_what_the_book_shows("plain")
 }
