@@ -65,6 +65,13 @@ async fn a_killed_writers_work_goes_to_the_other_in_order() -> Result<()> {
     };
     let before = pinned(consumer.info().await?);
     first.kill().await?;
+    // Until then the server could still send to the one that is gone.
+    wait::until("the server to know", async || {
+        let waiting = consumer.get_info().await?.num_waiting;
+        anyhow::ensure!(waiting == 1, "{waiting} writers ask");
+        Ok(())
+    })
+    .await?;
 
     publish(40..60).await?;
     second.prints("wrote: entry 59").await?;

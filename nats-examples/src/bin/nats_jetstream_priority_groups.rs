@@ -2,7 +2,8 @@
 //!
 //! Teaches: a pinned client. All writers pull from one consumer, the server gives
 //! everything to one of them, and to another only when the first has stopped
-//! pulling for `PIN_LASTS`. So the order is kept, and no lock is needed.
+//! pulling for `PIN_LASTS`. So one works at a time, without a lock; only what the
+//! first had in hand when it died comes later than its turn.
 //!
 //! Run, after `cargo lab up nats`:
 //!
@@ -37,7 +38,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Error, Result, anyhow, bail};
+use anyhow::{Context as _, Error, Result, anyhow, bail, ensure};
 use async_nats::{
     Client, ConnectErrorKind, ServerAddr,
     jetstream::{
@@ -48,7 +49,10 @@ use async_nats::{
     },
 };
 use futures_lite::{StreamExt as _, future::poll_once};
-use tokio::{sync::Notify, time::timeout};
+use tokio::{
+    sync::Notify,
+    time::{Instant, sleep, timeout},
+};
 
 const DEFAULT_URL: &str = "nats://localhost:4222";
 const STREAM: &str = "LEDGER";
@@ -114,6 +118,14 @@ async fn story() -> Result<()> {
 
     drop(entries);
     first.drain().await?;
+    // Before the server knows it, an entry could still go to writer 1, and would
+    // come again after `ack_wait`, behind the next one.
+    let stream = jetstream.get_stream(STREAM).await?;
+    let asked = Instant::now();
+    while stream.consumer_info(CONSUMER).await?.num_waiting > 1 {
+        ensure!(asked.elapsed() < PATIENCE, "writer 1 is still waiting");
+        sleep(Duration::from_millis(20)).await;
+    }
     println!("writer 1 is gone");
     add(&jetstream, 4..=5).await?;
     for _ in 0..2 {
