@@ -41,6 +41,25 @@ pub fn children_cpu_seconds() -> Option<f64> {
     Some(Times::parse(&stat)?.children)
 }
 
+/// Of this process and those that it has started, the one with the most memory: the
+/// server itself, where a shell starts it.
+pub fn heaviest(process: u32) -> u32 {
+    let mut family = vec![process];
+    let mut next = 0;
+    while let Some(parent) = family.get(next).copied() {
+        let path = format!("/proc/{parent}/task/{parent}/children");
+        let children = fs::read_to_string(path).unwrap_or_default();
+        let children = children.split_whitespace();
+        family.extend(children.filter_map(|child| child.parse::<u32>().ok()));
+        next += 1;
+    }
+    let memory = |process: &u32| {
+        let peak = peak_mib(*process).unwrap_or_default();
+        (peak * 1024.0) as u64
+    };
+    family.into_iter().max_by_key(memory).unwrap_or(process)
+}
+
 /// What a running process has used so far, in seconds.
 pub fn cpu_seconds(process: u32) -> Option<f64> {
     let stat = fs::read_to_string(format!("/proc/{process}/stat")).ok()?;

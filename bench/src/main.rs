@@ -2,11 +2,13 @@
 //! makers ship: the binaries that a reader copies, on the same server, in the
 //! same run, taking turns. `cargo lab bench` builds and runs this.
 
+mod kafka;
 mod machine;
 mod measure;
 mod nats;
 mod plot;
 mod process;
+mod rabbitmq;
 mod report;
 mod server;
 mod statistics;

@@ -9,13 +9,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use lab::{broker::Broker, progress, shell, workspace};
 use time::OffsetDateTime;
 
 use crate::{
-    machine, nats,
+    kafka, machine, nats,
     process::{Call, Ended, Running},
+    rabbitmq,
     report::{Case, Measure, Report, Sample, Side, Text, Versions},
     server::Server,
 };
@@ -96,6 +97,7 @@ pub type Values = BTreeMap<Measure, f64>;
 
 /// What the cases of a broker are made with.
 pub struct Context<'a> {
+    pub broker: Broker,
     pub address: &'a str,
     pub version: &'a str,
     /// The folder with the binaries of the examples.
@@ -111,11 +113,19 @@ impl Context<'_> {
         self.call(&self.examples.join(file), arguments)
     }
 
+    /// So many that a sample takes a second or more, or a twentieth to try it.
+    pub fn messages(&self, count: u64) -> u64 {
+        if self.quick { count / 20 } else { count }
+    }
+
     pub fn call(&self, program: &Path, arguments: &[&str]) -> Call {
         Call {
             program: program.to_owned(),
             arguments: arguments.iter().map(|&word| word.to_owned()).collect(),
-            environment: vec![("NATS_URL".to_owned(), self.address.to_owned())],
+            environment: vec![(
+                self.broker.address_var().to_owned(),
+                self.address.to_owned(),
+            )],
         }
     }
 }
@@ -134,6 +144,7 @@ pub fn run(options: &Options) -> Result<Report> {
     let mut machine = machine::describe();
     let server = Server::find(broker, yes)?;
     let context = Context {
+        broker,
         address: &server.address,
         version: &server.version,
         examples: folder_of_this_program()?,
@@ -142,9 +153,8 @@ pub fn run(options: &Options) -> Result<Report> {
     };
     let (bench, versions) = match broker {
         Broker::Nats => nats::bench(&context)?,
-        Broker::Kafka | Broker::RabbitMq => {
-            bail!("there is no benchmark of {broker} yet; there is one of nats")
-        }
+        Broker::RabbitMq => rabbitmq::bench(&context)?,
+        Broker::Kafka => kafka::bench(&context)?,
     };
     if quick {
         // Measured while something else may well be going on.
@@ -181,7 +191,7 @@ pub fn run(options: &Options) -> Result<Report> {
         quick,
         repeats,
         warm_ups: WARM_UPS,
-        message_bytes: SIZE,
+        message_bytes: bench.message_bytes,
         machine,
         versions,
         server_from: server.from.clone(),
@@ -193,13 +203,16 @@ pub fn run(options: &Options) -> Result<Report> {
 pub fn examples(broker: Broker) -> &'static [&'static str] {
     match broker {
         Broker::Nats => nats::EXAMPLES,
-        Broker::Kafka | Broker::RabbitMq => &[],
+        Broker::RabbitMq => rabbitmq::EXAMPLES,
+        Broker::Kafka => kafka::EXAMPLES,
     }
 }
 
 /// What a broker's module knows.
 pub struct Bench {
     pub tasks: Vec<Task>,
+    /// None where each case says it.
+    pub message_bytes: Option<u32>,
     /// Removes all that is stored in a server of our own.
     pub clean: Box<dyn Fn() -> Result<()>>,
 }
@@ -361,9 +374,62 @@ pub fn versions(server: String, client: String, tool: String) -> Versions {
     }
 }
 
+/// Reads `published: 1000 messages of 128 B in 0.5 s (2000 msg/s)`.
+pub fn rate_of_example(printed: &str, word: &str, expected: u64) -> Result<Values> {
+    let line = line_of_example(printed, word, expected)?;
+    let rate = line
+        .split_once('(')
+        .and_then(|(_, rest)| rest.split_once(" msg/s"))
+        .with_context(|| format!("no rate in {line:?}"))?;
+    Ok(Values::from([(Measure::Rate, number(rate.0)?)]))
+}
+
+/// The last line that begins with this word, if it counts what was asked for.
+pub fn line_of_example<'a>(
+    printed: &'a str,
+    word: &str,
+    expected: u64,
+) -> Result<&'a str> {
+    let begin = format!("{word}: ");
+    let line = printed
+        .lines()
+        .rfind(|line| line.starts_with(&begin))
+        .with_context(|| format!("no line begins with {begin:?}"))?;
+    let count = line[begin.len()..].split(' ').next().unwrap_or_default();
+    ensure!(
+        count == expected.to_string(),
+        "{line:?} counts {count} where {expected} were sent"
+    );
+    Ok(line)
+}
+
+/// A number with commas between the thousands.
+pub fn number(text: &str) -> Result<f64> {
+    let digits = text.trim().replace(',', "");
+    digits
+        .parse()
+        .with_context(|| format!("{text:?} is no number"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_line_of_an_example_is_read() -> Result<()> {
+        let printed =
+            "ready: x\npublished: 1000 messages of 128 B in 0.5 s (2000 msg/s)\n";
+        let values = rate_of_example(printed, "published", 1000)?;
+        assert_eq!(values, Values::from([(Measure::Rate, 2000.0)]));
+        Ok(())
+    }
+
+    #[test]
+    fn an_example_that_counts_less_is_no_result() {
+        let printed = "consumed: 999 messages of 128 B in 0.5 s (2000 msg/s)\n";
+        assert!(rate_of_example(printed, "consumed", 1000).is_err());
+        assert!(rate_of_example(printed, "published", 999).is_err());
+    }
 
     #[test]
     fn the_version_of_a_client_is_that_of_the_lock_file() {

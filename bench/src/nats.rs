@@ -2,13 +2,13 @@
 
 use std::{path::PathBuf, process::Command, time::Duration};
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
 use lab::{shell, tools};
 
 use crate::{
     measure::{
         Before, Bench, Beside, Context, Plan, Printed, SIZE, Task, Values,
-        locked_version, versions,
+        line_of_example, locked_version, number, rate_of_example, versions,
     },
     process::Call,
     report::{Measure, Text, Versions},
@@ -54,7 +54,12 @@ pub fn bench(context: &Context<'_>) -> Result<(Bench, Versions)> {
     let list = context.call(&tool, &["stream", "ls", "--names"]);
     let clean = move || clean(&list);
     let clean = Box::new(clean);
-    Ok((Bench { tasks, clean }, versions))
+    let bench = Bench {
+        tasks,
+        message_bytes: Some(SIZE),
+        clean,
+    };
+    Ok((bench, versions))
 }
 
 /// Deletes all streams.
@@ -87,15 +92,6 @@ impl Nats<'_> {
         ]
     }
 
-    /// So many that a sample takes a second or more, or a twentieth to try it.
-    fn messages(&self, count: u64) -> u64 {
-        if self.context.quick {
-            count / 20
-        } else {
-            count
-        }
-    }
-
     fn bench(&self, words: &[&str], messages: u64, more: &[&str]) -> Call {
         let (messages, size) = (messages.to_string(), SIZE.to_string());
         let fixed = ["--msgs", &messages, "--size", &size, "--no-progress"];
@@ -116,7 +112,7 @@ impl Nats<'_> {
     }
 
     fn publish(&self) -> Task {
-        let messages = self.messages(4_000_000);
+        let messages = self.context.messages(4_000_000);
         Task {
             id: "core-publish",
             title: Text::new("Core publish", "core 发布"),
@@ -146,7 +142,7 @@ impl Nats<'_> {
     }
 
     fn publish_and_subscribe(&self) -> Task {
-        let messages = self.messages(2_000_000);
+        let messages = self.context.messages(2_000_000);
         Task {
             id: "core-publish-subscribe",
             title: Text::new("Core publish to subscribe", "core 发布到订阅"),
@@ -189,7 +185,7 @@ impl Nats<'_> {
     }
 
     fn stored_in_a_window(&self) -> Task {
-        let messages = self.messages(300_000);
+        let messages = self.context.messages(300_000);
         Task {
             id: "jetstream-publish-window",
             title: Text::new(
@@ -235,7 +231,7 @@ impl Nats<'_> {
     }
 
     fn stored_one_at_a_time(&self) -> Task {
-        let messages = self.messages(20_000);
+        let messages = self.context.messages(20_000);
         let stream = ["--stream", STREAM, "--create", "--storage", "file"];
         Task {
             id: "jetstream-publish-single",
@@ -274,7 +270,7 @@ impl Nats<'_> {
 
     fn consume(&self) -> Task {
         const EXAMPLE: &str = PULL_CONSUMER;
-        let messages = self.messages(200_000);
+        let messages = self.context.messages(200_000);
         let more = ["--stream", STREAM, "--acks", "explicit"];
         Task {
             id: "jetstream-consume",
@@ -310,7 +306,7 @@ impl Nats<'_> {
     }
 
     fn request(&self) -> Task {
-        let messages = self.messages(20_000);
+        let messages = self.context.messages(20_000);
         let settings = Text::new(
             "nothing stored; each request as soon as the last is answered",
             "不存储；上一个有了应答，立即发下一个",
@@ -321,7 +317,7 @@ impl Nats<'_> {
     }
 
     fn request_at_a_rate(&self) -> Task {
-        let messages = self.messages(5000);
+        let messages = self.context.messages(5000);
         let settings = Text::new(
             &format!(
                 "nothing stored; {RATE} requests a second; the example measures \
@@ -393,16 +389,6 @@ impl Nats<'_> {
     }
 }
 
-/// Reads `published: 1000 messages of 128 B in 0.5 s (2000 msg/s)`.
-fn rate_of_example(printed: &str, word: &str, expected: u64) -> Result<Values> {
-    let line = line_of_example(printed, word, expected)?;
-    let rate = line
-        .split_once('(')
-        .and_then(|(_, rest)| rest.split_once(" msg/s"))
-        .with_context(|| format!("no rate in {line:?}"))?;
-    Ok(Values::from([(Measure::Rate, number(rate.0)?)]))
-}
-
 /// Reads `answered: 1000 requests of 128 B in 0.5 s (p50 200 us, p99 400 us)`.
 fn latencies_of_example(printed: &str, expected: u64) -> Result<Values> {
     let line = line_of_example(printed, "answered", expected)?;
@@ -415,25 +401,6 @@ fn latencies_of_example(printed: &str, expected: u64) -> Result<Values> {
         (Measure::P50, after("p50 ")?),
         (Measure::P99, after("p99 ")?),
     ]))
-}
-
-/// The last line that begins with this word, if it counts what was asked for.
-fn line_of_example<'a>(
-    printed: &'a str,
-    word: &str,
-    expected: u64,
-) -> Result<&'a str> {
-    let begin = format!("{word}: ");
-    let line = printed
-        .lines()
-        .rfind(|line| line.starts_with(&begin))
-        .with_context(|| format!("no line begins with {begin:?}"))?;
-    let count = line[begin.len()..].split(' ').next().unwrap_or_default();
-    ensure!(
-        count == expected.to_string(),
-        "{line:?} counts {count} where {expected} were sent"
-    );
-    Ok(line)
 }
 
 /// Reads `NATS ... stats: 3,656,594 msgs/sec ~ 446 MiB/sec ~ ...`.
@@ -468,14 +435,6 @@ fn stats_of_tool(printed: &str) -> Result<&str> {
         .context("the tool has printed no statistics")
 }
 
-/// A number with commas between the thousands.
-fn number(text: &str) -> Result<f64> {
-    let digits = text.trim().replace(',', "");
-    digits
-        .parse()
-        .with_context(|| format!("{text:?} is no number"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -483,22 +442,11 @@ mod tests {
     #[test]
     fn the_line_of_an_example_is_read() -> Result<()> {
         let printed =
-            "ready: x\npublished: 1000 messages of 128 B in 0.5 s (2000 msg/s)\n";
-        let values = rate_of_example(printed, "published", 1000)?;
-        assert_eq!(values, Values::from([(Measure::Rate, 2000.0)]));
-        let printed =
             "answered: 10 requests of 128 B in 1.0 s (p50 200 us, p99 400 us)\n";
         let values = latencies_of_example(printed, 10)?;
         let expected = [(Measure::P50, 200.0), (Measure::P99, 400.0)];
         assert_eq!(values, Values::from(expected));
         Ok(())
-    }
-
-    #[test]
-    fn an_example_that_counts_less_is_no_result() {
-        let printed = "consumed: 999 messages of 128 B in 0.5 s (2000 msg/s)\n";
-        assert!(rate_of_example(printed, "consumed", 1000).is_err());
-        assert!(rate_of_example(printed, "published", 999).is_err());
     }
 
     /// As natscli 0.5.1 prints them.

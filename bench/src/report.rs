@@ -16,7 +16,8 @@ pub struct Report {
     pub quick: bool,
     pub repeats: u32,
     pub warm_ups: u32,
-    pub message_bytes: u32,
+    /// Of each message; None where each case says it.
+    pub message_bytes: Option<u32>,
     pub machine: Machine,
     pub versions: Versions,
     /// Where the server came from.
@@ -223,7 +224,7 @@ pub fn example() -> Report {
         quick: false,
         repeats: 3,
         warm_ups: 1,
-        message_bytes: 128,
+        message_bytes: Some(128),
         machine: Machine {
             system: "Linux 6".to_owned(),
             processor: "a <fast> one & more".to_owned(),

@@ -11,6 +11,8 @@ use lab::{
     probe::{self, Listener},
 };
 
+use crate::machine;
+
 /// A broker that answers; dropped, it is gone if this program has started it.
 pub struct Server {
     pub address: String,
@@ -57,7 +59,7 @@ impl Server {
             version: server.version().to_owned(),
             from: "a process of this run".to_owned(),
             ours: true,
-            process: server.process_id(),
+            process: server.process_id().map(machine::heaviest),
             _keep: Some(Box::new(server)),
         })
     }

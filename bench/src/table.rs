@@ -45,13 +45,25 @@ pub fn render(report: &Report, language: Language) -> String {
     text
 }
 
+/// Stands for the name of the tool in the heads of the tables.
+const TOOL: &str = "{tool}";
+
+/// What the reader types: the words of the command, or the name.
+fn tool(report: &Report) -> &str {
+    match report.versions.tool.split_once(' ') {
+        Some(("natscli", _)) => "nats bench",
+        Some((name, _)) => name,
+        None => &report.versions.tool,
+    }
+}
+
 fn figures(report: &Report, language: Language) -> String {
     let mut table = language
         .pick(
-            "| Case | Unit | Rust | `nats bench` | Times as good | Target |\n",
-            "| 项目 | 单位 | Rust | `nats bench` | 倍数 | 目标 |\n",
+            "| Case | Unit | Rust | `{tool}` | Times as good | Target |\n",
+            "| 项目 | 单位 | Rust | `{tool}` | 倍数 | 目标 |\n",
         )
-        .to_owned();
+        .replace(TOOL, tool(report));
     table.push_str("| --- | --- | --: | --: | --: | --- |\n");
     for row in report.rows() {
         let verdict = match row.reached() {
@@ -83,12 +95,12 @@ fn figures(report: &Report, language: Language) -> String {
 fn resources(report: &Report, language: Language) -> String {
     let mut table = language
         .pick(
-            "| Case | Messages | CPU s: Rust | server | CPU s: `nats bench` | server \
-             | Peak MiB: Rust | server | Peak MiB: `nats bench` | server |\n",
-            "| 项目 | 消息数 | CPU 秒：Rust | 服务器 | CPU 秒：`nats bench` | 服务器 \
-             | 内存峰值 MiB：Rust | 服务器 | 内存峰值 MiB：`nats bench` | 服务器 |\n",
+            "| Case | Messages | CPU s: Rust | server | CPU s: `{tool}` | server \
+             | Peak MiB: Rust | server | Peak MiB: `{tool}` | server |\n",
+            "| 项目 | 消息数 | CPU 秒：Rust | 服务器 | CPU 秒：`{tool}` | 服务器 \
+             | 内存峰值 MiB：Rust | 服务器 | 内存峰值 MiB：`{tool}` | 服务器 |\n",
         )
-        .to_owned();
+        .replace(TOOL, tool(report));
     table
         .push_str("| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |\n");
     for case in report.cases.iter().filter(|case| case.not_run.is_none()) {
@@ -172,18 +184,23 @@ fn conditions(report: &Report, language: Language) -> String {
         "{}, {}, {}, {}",
         versions.server, versions.client, versions.tool, versions.rust
     );
+    let size = match (message_bytes, language) {
+        (None, _) => String::new(),
+        (Some(bytes), Language::English) => format!(" with messages of {bytes} B"),
+        (Some(bytes), Language::Chinese) => format!("，消息 {bytes} B"),
+    };
     let computer = format!(
         "{}, {} × {}{memory}",
         machine.system, machine.cores, machine.processor
     );
     match language {
         Language::English => format!(
-            "Measured on {date} with messages of {message_bytes} B: {warm_ups} run to \
-             warm up, then {repeats} repeats. {versions}. The server: {server_from}. \
-             The machine: {computer}; load in the minute before: {load}.\n"
+            "Measured on {date}{size}: {warm_ups} run to warm up, then {repeats} repeats. \
+             {versions}. The server: {server_from}. The machine: {computer}; load in \
+             the minute before: {load}.\n"
         ),
         Language::Chinese => format!(
-            "{date} 测得，消息 {message_bytes} B：预热 {warm_ups} 次，再重复 \
+            "{date} 测得{size}：预热 {warm_ups} 次，再重复 \
              {repeats} 次。{versions}。服务器：{server_from}。机器：{computer}；之前\
              一分钟的负载：{load}。\n"
         ),

@@ -29,6 +29,14 @@ impl Header {
             .split_once(": ")
             .map_or(self.title.as_str(), |(topic, _)| topic)
     }
+
+    /// What follows `--features` in the commands: the example needs it.
+    pub fn features(&self) -> Option<&str> {
+        let commands = self.runs.iter();
+        let mut words = commands.flat_map(|command| command.split_whitespace());
+        words.find(|word| *word == "--features")?;
+        words.next()
+    }
 }
 
 /// What a header lacks, and in which line of its file.
@@ -330,6 +338,15 @@ use std::env;
             ["cargo run --bin nats_work_queue_worker    # terminal 1"]
         );
         assert_eq!(header.output, "start: photo-1.jpg\n  done");
+        assert_eq!(header.features(), None);
+    }
+
+    #[test]
+    fn a_feature_is_read_from_the_command() {
+        let name = "nats_work_queue_worker";
+        let source = SOURCE.replace(name, &format!("{name} --features tls"));
+        let header = parse(&source).expect("a correct header");
+        assert_eq!(header.features(), Some("tls"));
     }
 
     #[test]

@@ -1,4 +1,9 @@
-//! A NATS server for one example, with the configuration that is its lesson.
+//! A server for one example, with the configuration that is its lesson: NATS
+//! here, the others in modules of their own.
+
+mod kafka;
+#[cfg(unix)]
+mod rabbitmq;
 
 use std::{
     fs,
@@ -16,7 +21,10 @@ use crate::{
     images, native, progress, shell, workspace,
 };
 
-/// How long a server may take to start in a container.
+/// The ending of Kafka's configurations.
+const PROPERTIES: &str = "properties";
+
+/// How long a NATS server may take to start in a container.
 const START_LIMIT: Duration = Duration::from_secs(30);
 
 /// A running server; dropped, it is gone, with its folder.
@@ -34,12 +42,13 @@ enum Running {
     Container { _guard: Guard },
 }
 
-/// The configuration of an example, `<package>/config/<example>.conf`, if it has
-/// one.
+/// The configuration of an example, `<package>/config/<example>.conf`, or
+/// `.properties` for Kafka, if it has one.
 pub fn config(source: &workspace::Source) -> Option<PathBuf> {
     let package = source.path.ancestors().nth(3)?;
-    let path = package.join(format!("config/{}.conf", source.name));
-    path.is_file().then_some(path)
+    let paths = ["conf", PROPERTIES]
+        .map(|ending| package.join(format!("config/{}.{ending}", source.name)));
+    paths.into_iter().find(|path| path.is_file())
 }
 
 /// Starts a server for the example of this configuration: natively, else in a
@@ -49,30 +58,56 @@ pub fn config(source: &workspace::Source) -> Option<PathBuf> {
 /// # Errors
 ///
 /// If a step fails, or the server does not get ready.
-pub fn start(config: &Path, yes: bool) -> Result<Private> {
+pub fn start(broker: Broker, config: &Path, yes: bool) -> Result<Private> {
+    match broker {
+        Broker::Kafka => kafka::start(config, yes),
+        #[cfg(unix)]
+        Broker::RabbitMq => rabbitmq::start(config, yes),
+        #[cfg(not(unix))]
+        Broker::RabbitMq => bail!("this needs Linux or macOS"),
+        Broker::Nats => start_nats(config, yes),
+    }
+}
+
+/// Makes certificates in the folder, if the configuration names any. Returns the
+/// variables by which an example finds those of a client.
+fn certificates(
+    text: &str,
+    folder: &Path,
+    [ca, certificate, key]: [&'static str; 3],
+) -> Result<Vec<(&'static str, String)>> {
+    // As a path, or as the folder of a file.
+    if !text.contains("certs/") && !text.contains(":certs:") {
+        return Ok(Vec::new());
+    }
+    let folder = folder.join("certs");
+    let mut make = Command::new("cargo");
+    make.args(["run", "--quiet", "--bin", "make_certs", "--"]);
+    shell::run(make.arg(&folder))?;
+    let path = |name: &str| folder.join(name).to_string_lossy().into_owned();
+    Ok(vec![
+        (ca, path("ca.pem")),
+        (certificate, path("client.pem")),
+        (key, path("client.key")),
+    ])
+}
+
+fn start_nats(config: &Path, yes: bool) -> Result<Private> {
     let name = config.file_stem().context("a path of a file")?;
     let text = workspace::read(config)?;
     let folder = tempfile::Builder::new().prefix("lab-nats-").tempdir()?;
     let guard = cleanup::folder(folder.path())?;
     let folder = folder.keep().canonicalize()?;
-    let in_folder = |name: &str| folder.join(name).to_string_lossy().into_owned();
     fs::write(folder.join("server.conf"), &text)?;
 
     let [port] = native::free_ports()?;
     let mut variables =
         vec![(Broker::Nats.address_var(), Broker::Nats.address(port))];
-    if text.contains("certs/") {
-        let mut make = Command::new("cargo");
-        make.args(["run", "--quiet", "--bin", "make_certs", "--"]);
-        shell::run(make.arg(folder.join("certs")))?;
-        variables.extend([
-            ("NATS_CA", in_folder("certs/ca.pem")),
-            ("NATS_CERT", in_folder("certs/client.pem")),
-            ("NATS_KEY", in_folder("certs/client.key")),
-        ]);
-    }
+    let names = ["NATS_CA", "NATS_CERT", "NATS_KEY"];
+    variables.extend(certificates(&text, &folder, names)?);
     if text.contains("generated/") {
-        let generated = ("NATS_GENERATED", in_folder("generated"));
+        let path = folder.join("generated").to_string_lossy().into_owned();
+        let generated = ("NATS_GENERATED", path);
         let mut setup = Command::new("cargo");
         setup.args(["run", "--quiet", "--bin"]).arg(name);
         setup.args(["--", "setup"]).env(generated.0, &generated.1);
@@ -116,16 +151,33 @@ fn container(folder: &Path, port: u16, yes: bool) -> Result<Running> {
         .args(["--config", "server.conf", "--addr", "0.0.0.0"])
         .args(["--port", &port, "--store_dir", "/tmp/nats"]);
     shell::output(&mut run)?;
-    let deadline = Instant::now() + START_LIMIT;
+    wait_for(Broker::Nats, &name, "Server is ready", START_LIMIT)?;
+    Ok(Running::Container { _guard: guard })
+}
+
+/// Waits until the log of a container has these words.
+///
+/// # Errors
+///
+/// If the container ends, or after this limit; with the end of its log.
+fn wait_for(broker: Broker, name: &str, words: &str, limit: Duration) -> Result<()> {
+    let deadline = Instant::now() + limit;
     loop {
+        // Asked before the log is read, which then is complete.
+        let mut inspect = Command::new("docker");
+        inspect.args(["inspect", "--format", "{{.State.Running}}", name]);
+        let running = shell::output(&mut inspect)?.trim() == "true";
         let script = "docker logs \"$0\" 2>&1";
-        let log = shell::output(Command::new("sh").args(["-c", script, &name]))?;
-        if log.contains("Server is ready") {
-            return Ok(Running::Container { _guard: guard });
+        let log = shell::output(Command::new("sh").args(["-c", script, name]))?;
+        if log.contains(words) {
+            return Ok(());
+        }
+        if !running {
+            bail!("{broker} has ended{}", shell::tail(&log));
         }
         if Instant::now() > deadline {
-            bail!("NATS was not ready in time{}", shell::tail(&log));
+            bail!("{broker} was not ready in time{}", shell::tail(&log));
         }
-        thread::sleep(Duration::from_millis(50));
+        thread::sleep(Duration::from_millis(100));
     }
 }

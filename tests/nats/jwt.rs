@@ -36,7 +36,7 @@ async fn server(keys: &Path) -> Result<Servers> {
     let signed = fs::read(keys.join("nats_jwt.conf"))?;
     let [port] = Servers::ports()?;
     let (name, config) = ("shop", CONFIG.to_owned());
-    let files = [("generated/nats_jwt.conf", signed)];
+    let files = [("generated/nats_jwt.conf".to_owned(), signed)];
     Servers::start(&[Server { name, config, port }], &files).await
 }
 

@@ -41,7 +41,7 @@ async fn server(keys: &Path) -> Result<Servers> {
     let public = fs::read(keys.join("nats_nkey.conf"))?;
     let [port] = Servers::ports()?;
     let (name, config) = ("shop", CONFIG.to_owned());
-    let files = [("generated/nats_nkey.conf", public)];
+    let files = [("generated/nats_nkey.conf".to_owned(), public)];
     Servers::start(&[Server { name, config, port }], &files).await
 }
 

@@ -26,7 +26,7 @@ async fn two_servers_find_each_other_and_their_files() -> Result<()> {
         port: shop,
     };
     let included = b"authorization { user: clerk, password: secret }".to_vec();
-    let files = [("files/link.conf", included)];
+    let files = [("files/link.conf".to_owned(), included)];
     let servers = Servers::start(&[hub, shop], &files).await?;
 
     // The included file is in force, so this client is refused without it.

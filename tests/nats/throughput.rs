@@ -207,7 +207,7 @@ async fn a_responder_gives_each_request_back_and_stops_when_asked() -> Result<()
     let mut responder = Example::start(LATENCY, &["responder"], nats)?;
     responder.prints("ready: answers on latency.quote").await?;
     let observer = observe::nats::connect(nats.1).await?;
-    let answer = observer.request(QUOTE, "how much?".into()).await?;
+    let answer = observe::nats::request(&observer, QUOTE, "how much?").await?;
     assert_eq!(&answer.payload[..], b"how much?");
     responder.terminate().await?;
     responder.prints("stopped").await?;

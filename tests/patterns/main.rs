@@ -1,5 +1,6 @@
 //! Tests of the patterns, by their binaries, against real brokers.
 
 mod task_queue;
+mod task_queue_kafka;
 mod task_queue_nats;
 mod task_queue_rabbitmq;

@@ -10,7 +10,10 @@ use tests::{
 };
 use tokio::sync::Mutex;
 
-use crate::task_queue::{done, each_once};
+use crate::task_queue::{
+    an_unknown_role_gets_the_usage, done, each_once, producer,
+    two_workers_share_the_tasks, worker,
+};
 
 const TASK_QUEUE: &str = env!("CARGO_BIN_EXE_task_queue_nats");
 const STREAM: &str = "TASK_QUEUE";
@@ -26,16 +29,6 @@ async fn fresh() -> Result<(&'static str, &'static str)> {
     observe::nats::forget_stream(address, STREAM).await?;
     observe::nats::forget_stream(address, UNREADABLE).await?;
     Ok(("NATS_URL", address))
-}
-
-async fn producer(address: (&str, &str)) -> Result<()> {
-    let ended = Example::start(TASK_QUEUE, &["producer"], address)?;
-    ended.end().await?.succeeded()?;
-    Ok(())
-}
-
-fn worker(address: (&str, &str)) -> Result<Example> {
-    Example::start(TASK_QUEUE, &["worker"], address)
 }
 
 /// How many messages the server holds in a stream.
@@ -72,13 +65,13 @@ async fn the_story_ends_with_every_task_done() -> Result<()> {
 async fn a_killed_workers_task_goes_to_another() -> Result<()> {
     let _turn = TURN.lock().await;
     let nats = fresh().await?;
-    producer(nats).await?;
+    producer(TASK_QUEUE, nats).await?;
 
-    let mut first = worker(nats)?;
+    let mut first = worker(TASK_QUEUE, nats)?;
     first.prints("start: Task 0").await?;
     first.kill().await?;
 
-    let mut second = worker(nats)?;
+    let mut second = worker(TASK_QUEUE, nats)?;
     second.prints("done:  Task 9").await?;
     // Not before the server has waited for the first worker's acknowledgement.
     second.prints("start: Task 0 (again)").await?;
@@ -95,13 +88,13 @@ async fn a_killed_workers_task_goes_to_another() -> Result<()> {
 async fn control_acknowledged_first_a_killed_workers_task_is_lost() -> Result<()> {
     let _turn = TURN.lock().await;
     let nats = fresh().await?;
-    producer(nats).await?;
+    producer(TASK_QUEUE, nats).await?;
 
     let mut first = Example::start(TASK_QUEUE, &["worker", "--ack-first"], nats)?;
     first.prints("start: Task 0").await?;
     first.kill().await?;
 
-    let mut second = worker(nats)?;
+    let mut second = worker(TASK_QUEUE, nats)?;
     second.prints("done:  Task 9").await?;
     queue_is_empty(nats.1).await?;
     second.interrupt().await?;
@@ -117,9 +110,9 @@ async fn a_stopped_worker_finishes_and_acknowledges_the_task_in_hand() -> Result
 {
     let _turn = TURN.lock().await;
     let nats = fresh().await?;
-    producer(nats).await?;
+    producer(TASK_QUEUE, nats).await?;
 
-    let mut first = worker(nats)?;
+    let mut first = worker(TASK_QUEUE, nats)?;
     first.prints("start: Task 0").await?;
     first.terminate().await?;
     let first = first.end().await?.succeeded()?;
@@ -130,7 +123,7 @@ async fn a_stopped_worker_finishes_and_acknowledges_the_task_in_hand() -> Result
     );
     // Acknowledged and gone; the others have not been touched.
     assert_eq!(stored(nats.1, STREAM).await?, TASKS as u64 - 1);
-    let mut second = worker(nats)?;
+    let mut second = worker(TASK_QUEUE, nats)?;
     second.prints("start: Task 1").await?;
     second.interrupt().await?;
     let second = second.end().await?.succeeded()?;
@@ -142,36 +135,23 @@ async fn a_stopped_worker_finishes_and_acknowledges_the_task_in_hand() -> Result
 async fn two_workers_share_the_tasks_and_none_is_done_twice() -> Result<()> {
     let _turn = TURN.lock().await;
     let nats = fresh().await?;
-    let mut workers = [worker(nats)?, worker(nats)?];
-    for worker in &mut workers {
-        worker.prints("waiting for tasks").await?;
-    }
-    producer(nats).await?;
-    for worker in &mut workers {
-        worker.prints("done:").await?;
-    }
-    queue_is_empty(nats.1).await?;
-    let mut outputs = Vec::new();
-    for worker in workers {
-        worker.interrupt().await?;
-        outputs.push(worker.end().await?.succeeded()?.stdout);
-    }
-    assert_eq!(done(outputs.iter().map(String::as_str)), each_once());
-    Ok(())
+    let ready = async || Ok(());
+    let empty = async || queue_is_empty(nats.1).await;
+    two_workers_share_the_tasks(TASK_QUEUE, nats, 1, ready, empty).await
 }
 
 #[tokio::test]
 async fn what_no_worker_can_read_is_kept_elsewhere() -> Result<()> {
     let _turn = TURN.lock().await;
     let nats = fresh().await?;
-    producer(nats).await?;
+    producer(TASK_QUEUE, nats).await?;
     let jetstream = observe::nats::jetstream(nats.1).await?;
     jetstream
         .publish(SUBJECT, b"\xff\xfe"[..].into())
         .await?
         .await?;
 
-    let mut worker = worker(nats)?;
+    let mut worker = worker(TASK_QUEUE, nats)?;
     worker.prints("done:  Task 9").await?;
     queue_is_empty(nats.1).await?;
     worker.interrupt().await?;
@@ -193,11 +173,11 @@ async fn what_no_worker_can_read_is_kept_elsewhere() -> Result<()> {
 async fn a_killed_server_keeps_every_acknowledged_task() -> Result<()> {
     let mut nats = TestBroker::start(Broker::Nats).await?;
     let address = nats.address().to_owned();
-    producer(("NATS_URL", &address)).await?;
+    producer(TASK_QUEUE, ("NATS_URL", &address)).await?;
     nats.kill().await?;
     nats.restart().await?;
 
-    let mut worker = worker(("NATS_URL", &address))?;
+    let mut worker = worker(TASK_QUEUE, ("NATS_URL", &address))?;
     worker.prints("done:  Task 9").await?;
     worker.interrupt().await?;
     let worker = worker.end().await?.succeeded()?;
@@ -246,11 +226,11 @@ async fn control_a_killed_server_loses_a_stream_in_memory() -> Result<()> {
 async fn a_worker_outlives_a_restart_of_the_server() -> Result<()> {
     let mut nats = TestBroker::start(Broker::Nats).await?;
     let address = nats.address().to_owned();
-    let mut worker = worker(("NATS_URL", &address))?;
+    let mut worker = worker(TASK_QUEUE, ("NATS_URL", &address))?;
     worker.prints("waiting for tasks").await?;
     nats.kill().await?;
     nats.restart().await?;
-    producer(("NATS_URL", &address)).await?;
+    producer(TASK_QUEUE, ("NATS_URL", &address)).await?;
     worker.prints("done:  Task 9").await?;
     worker.interrupt().await?;
     let worker = worker.end().await?;
@@ -268,13 +248,9 @@ async fn a_worker_outlives_a_restart_of_the_server() -> Result<()> {
 
 #[tokio::test]
 async fn an_unknown_role_gets_the_usage_and_status_2() -> Result<()> {
-    for args in [&["consumer"][..], &["worker", "--fast"]] {
-        let nowhere = ("NATS_URL", "nats://localhost:1");
-        let ended = Example::start(TASK_QUEUE, args, nowhere)?.end().await?;
-        assert_eq!(ended.status.code(), Some(2));
-        assert!(ended.stderr.starts_with("usage: task_queue_nats"));
-    }
-    Ok(())
+    let nowhere = ("NATS_URL", "nats://localhost:1");
+    let usage = "usage: task_queue_nats";
+    an_unknown_role_gets_the_usage(TASK_QUEUE, nowhere, usage).await
 }
 
 #[tokio::test]

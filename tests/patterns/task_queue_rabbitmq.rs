@@ -12,11 +12,14 @@ use lapin::{
 };
 use patterns::task_queue::{TASKS, tasks};
 use tests::{
-    Example, TestBroker, broker, example::fail_with_one_line, observe, wait,
+    Example, TestBroker, broker, example::fail_with_one_line, observe, pika, wait,
 };
 use tokio::sync::Mutex;
 
-use crate::task_queue::{done, each_once};
+use crate::task_queue::{
+    an_unknown_role_gets_the_usage, done, each_once, producer,
+    two_workers_share_the_tasks, worker,
+};
 
 const TASK_QUEUE: &str = env!("CARGO_BIN_EXE_task_queue_rabbitmq");
 const QUEUE: &str = "task_queue";
@@ -30,16 +33,6 @@ async fn fresh() -> Result<(&'static str, &'static str)> {
     let address = broker::shared(Broker::RabbitMq).await?;
     observe::rabbitmq::delete_queues(address, &[QUEUE, UNREADABLE]).await?;
     Ok(("AMQP_URL", address))
-}
-
-async fn producer(address: (&str, &str)) -> Result<()> {
-    let ended = Example::start(TASK_QUEUE, &["producer"], address)?;
-    ended.end().await?.succeeded()?;
-    Ok(())
-}
-
-fn worker(address: (&str, &str)) -> Result<Example> {
-    Example::start(TASK_QUEUE, &["worker"], address)
 }
 
 async fn queue_is_empty(address: &str) -> Result<()> {
@@ -67,13 +60,13 @@ async fn the_story_ends_with_every_task_done() -> Result<()> {
 async fn a_killed_workers_task_goes_to_another() -> Result<()> {
     let _turn = TURN.lock().await;
     let rabbitmq = fresh().await?;
-    producer(rabbitmq).await?;
+    producer(TASK_QUEUE, rabbitmq).await?;
 
-    let mut first = worker(rabbitmq)?;
+    let mut first = worker(TASK_QUEUE, rabbitmq)?;
     first.prints("start: Task 0").await?;
     first.kill().await?;
 
-    let mut second = worker(rabbitmq)?;
+    let mut second = worker(TASK_QUEUE, rabbitmq)?;
     second.prints("start: Task 0 (again)").await?;
     second.prints("done:  Task 9").await?;
     second.interrupt().await?;
@@ -88,7 +81,7 @@ async fn a_killed_workers_task_goes_to_another() -> Result<()> {
 async fn control_acknowledged_first_a_killed_workers_task_is_lost() -> Result<()> {
     let _turn = TURN.lock().await;
     let rabbitmq = fresh().await?;
-    producer(rabbitmq).await?;
+    producer(TASK_QUEUE, rabbitmq).await?;
 
     let mut first =
         Example::start(TASK_QUEUE, &["worker", "--ack-first"], rabbitmq)?;
@@ -103,7 +96,7 @@ async fn control_acknowledged_first_a_killed_workers_task_is_lost() -> Result<()
     .await?;
     first.kill().await?;
 
-    let mut second = worker(rabbitmq)?;
+    let mut second = worker(TASK_QUEUE, rabbitmq)?;
     second.prints("done:  Task 9").await?;
     second.interrupt().await?;
     let second = second.end().await?.succeeded()?;
@@ -119,9 +112,9 @@ async fn a_stopped_worker_finishes_and_acknowledges_the_task_in_hand() -> Result
 {
     let _turn = TURN.lock().await;
     let rabbitmq = fresh().await?;
-    producer(rabbitmq).await?;
+    producer(TASK_QUEUE, rabbitmq).await?;
 
-    let mut first = worker(rabbitmq)?;
+    let mut first = worker(TASK_QUEUE, rabbitmq)?;
     first.prints("start: Task 0").await?;
     first.terminate().await?;
     let first = first.end().await?.succeeded()?;
@@ -145,9 +138,9 @@ async fn a_second_ctrl_c_ends_a_worker_at_once_and_its_task_comes_back() -> Resu
 {
     let _turn = TURN.lock().await;
     let rabbitmq = fresh().await?;
-    producer(rabbitmq).await?;
+    producer(TASK_QUEUE, rabbitmq).await?;
 
-    let mut first = worker(rabbitmq)?;
+    let mut first = worker(TASK_QUEUE, rabbitmq)?;
     first.prints("start: Task 0").await?;
     first.interrupt().await?;
     // Two signals that arrive together are one, so this goes on until the
@@ -170,7 +163,7 @@ async fn a_second_ctrl_c_ends_a_worker_at_once_and_its_task_comes_back() -> Resu
     let ended = (&mut ended).await??;
     assert_eq!(ended.status.code(), Some(130), "{}", ended.stdout);
 
-    let mut second = worker(rabbitmq)?;
+    let mut second = worker(TASK_QUEUE, rabbitmq)?;
     second.prints("start: Task 0 (again)").await?;
     second.interrupt().await?;
     second.end().await?.succeeded()?;
@@ -181,33 +174,17 @@ async fn a_second_ctrl_c_ends_a_worker_at_once_and_its_task_comes_back() -> Resu
 async fn two_workers_share_the_tasks_and_none_is_done_twice() -> Result<()> {
     let _turn = TURN.lock().await;
     let rabbitmq = fresh().await?;
-    let mut workers = [worker(rabbitmq)?, worker(rabbitmq)?];
-    for worker in &mut workers {
-        worker.prints("waiting for tasks").await?;
-    }
-    producer(rabbitmq).await?;
-    // Every task takes the same time, so each worker gets every second one; the
-    // last of one ends last or next to last.
-    for worker in &mut workers {
-        for _ in 0..3 {
-            worker.prints("done:").await?;
-        }
-    }
-    queue_is_empty(rabbitmq.1).await?;
-    let mut outputs = Vec::new();
-    for worker in workers {
-        worker.interrupt().await?;
-        outputs.push(worker.end().await?.succeeded()?.stdout);
-    }
-    assert_eq!(done(outputs.iter().map(String::as_str)), each_once());
-    Ok(())
+    let ready = async || Ok(());
+    let empty = async || queue_is_empty(rabbitmq.1).await;
+    // Every task takes the same time, so each worker gets every second one.
+    two_workers_share_the_tasks(TASK_QUEUE, rabbitmq, 3, ready, empty).await
 }
 
 #[tokio::test]
 async fn what_no_worker_can_read_is_kept_elsewhere() -> Result<()> {
     let _turn = TURN.lock().await;
     let rabbitmq = fresh().await?;
-    producer(rabbitmq).await?;
+    producer(TASK_QUEUE, rabbitmq).await?;
     let (connection, channel) = observe::rabbitmq::connect(rabbitmq.1).await?;
     channel
         .basic_publish(
@@ -220,7 +197,7 @@ async fn what_no_worker_can_read_is_kept_elsewhere() -> Result<()> {
         .await?;
     connection.close(200, "".into()).await?;
 
-    let mut worker = worker(rabbitmq)?;
+    let mut worker = worker(TASK_QUEUE, rabbitmq)?;
     worker.prints("done:  Task 9").await?;
     wait::until("the unreadable task", async || {
         let ready = observe::rabbitmq::ready(rabbitmq.1, UNREADABLE).await?;
@@ -246,18 +223,13 @@ async fn what_no_worker_can_read_is_kept_elsewhere() -> Result<()> {
 async fn a_killed_broker_keeps_every_confirmed_task() -> Result<()> {
     let mut rabbitmq = TestBroker::start(Broker::RabbitMq).await?;
     let address = rabbitmq.address().to_owned();
-    producer(("AMQP_URL", &address)).await?;
+    producer(TASK_QUEUE, ("AMQP_URL", &address)).await?;
 
-    // RabbitMQ 4.3.6 writes the name of a new quorum queue to its disk with a
-    // delay. Killed less than a second after the declaration, it knows the
-    // queue but not the messages in it, confirmed or not (5 runs of 5); killed
-    // after a second, it has lost none. No client can ask whether it is
-    // written, so this is a part of the fault: the queue is not brand new.
-    tokio::time::sleep(Duration::from_secs(3)).await;
+    tokio::time::sleep(observe::rabbitmq::QUEUE_IS_WRITTEN).await;
     rabbitmq.kill().await?;
     rabbitmq.restart().await?;
 
-    let mut worker = worker(("AMQP_URL", &address))?;
+    let mut worker = worker(TASK_QUEUE, ("AMQP_URL", &address))?;
     worker.prints("done:  Task 9").await?;
     worker.interrupt().await?;
     let worker = worker.end().await?.succeeded()?;
@@ -316,7 +288,7 @@ async fn control_a_killed_broker_loses_a_transient_queue_with_its_tasks()
 async fn a_worker_whose_broker_dies_says_so_and_ends() -> Result<()> {
     let mut rabbitmq = TestBroker::start(Broker::RabbitMq).await?;
     let address = rabbitmq.address().to_owned();
-    let mut worker = worker(("AMQP_URL", &address))?;
+    let mut worker = worker(TASK_QUEUE, ("AMQP_URL", &address))?;
     worker.prints("waiting for tasks").await?;
     rabbitmq.kill().await?;
     let ended = worker.end().await?;
@@ -329,13 +301,9 @@ async fn a_worker_whose_broker_dies_says_so_and_ends() -> Result<()> {
 
 #[tokio::test]
 async fn an_unknown_role_gets_the_usage_and_status_2() -> Result<()> {
-    for args in [&["consumer"][..], &["worker", "--fast"]] {
-        let nowhere = ("AMQP_URL", "amqp://localhost:1");
-        let ended = Example::start(TASK_QUEUE, args, nowhere)?.end().await?;
-        assert_eq!(ended.status.code(), Some(2));
-        assert!(ended.stderr.starts_with("usage: task_queue_rabbitmq"));
-    }
-    Ok(())
+    let nowhere = ("AMQP_URL", "amqp://localhost:1");
+    let usage = "usage: task_queue_rabbitmq";
+    an_unknown_role_gets_the_usage(TASK_QUEUE, nowhere, usage).await
 }
 
 #[tokio::test]
@@ -343,4 +311,24 @@ async fn no_rabbitmq_is_one_line_with_the_way_out() -> Result<()> {
     let nowhere = ("AMQP_URL", "amqp://guest:secret@localhost:1/%2f");
     let parts = ["no RabbitMQ at localhost:1", "cargo lab up rabbitmq"];
     fail_with_one_line(&[TASK_QUEUE], nowhere, &parts).await
+}
+
+// ---- With another client: the second of RabbitMQ's tutorials ---------------
+
+#[tokio::test]
+async fn pikas_worker_takes_our_tasks_and_ours_takes_pikas() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let rabbitmq = fresh().await?;
+    producer(TASK_QUEUE, rabbitmq).await?;
+    let heard = pika::run(rabbitmq.1, &["get", QUEUE, "10"]).await?;
+    let expected: Vec<_> = tasks().map(|task| format!("{QUEUE} {task}")).collect();
+    assert_eq!(heard.lines().collect::<Vec<_>>(), expected);
+
+    let mut worker = worker(TASK_QUEUE, rabbitmq)?;
+    worker.prints("waiting for tasks").await?;
+    pika::run(rabbitmq.1, &["publish", "", QUEUE, "Task from Python"]).await?;
+    worker.prints("done:  Task from Python").await?;
+    worker.interrupt().await?;
+    worker.end().await?.succeeded()?;
+    queue_is_empty(rabbitmq.1).await
 }

@@ -27,11 +27,20 @@ use tokio::{
     task::{block_in_place, spawn_blocking},
 };
 
-use crate::{observe, wait};
+use crate::{
+    observe::{self, rabbitmq::Management},
+    wait,
+};
 
 /// With this variable set, brokers are processes of this machine instead of
 /// containers. `cargo lab test --native` sets it.
 pub(crate) const NATIVE: &str = "LAB_NATIVE";
+
+/// The plugins that Compose gives to RabbitMQ.
+const PLUGINS: &[u8] = include_bytes!("../../images/rabbitmq/enabled_plugins");
+
+/// Where RabbitMQ's management API listens in a container.
+pub(crate) const MANAGEMENT: u16 = 15672;
 
 /// The label of every container of a test.
 const LABEL: &str = "mq-examples.test";
@@ -40,10 +49,13 @@ const LABEL: &str = "mq-examples.test";
 pub struct TestBroker {
     broker: Broker,
     address: String,
+    /// The URL of RabbitMQ's management API; the other brokers have none.
+    management: Option<String>,
     process: Process,
 }
 
-enum Process {
+/// What runs it.
+pub(crate) enum Process {
     Container { id: String, _guard: Guard },
     Native(Box<native::Server>),
 }
@@ -57,20 +69,41 @@ enum Process {
 ///
 /// If it cannot be started.
 pub async fn shared(broker: Broker) -> Result<&'static str> {
-    static SHARED: [OnceCell<String>; 3] = [const { OnceCell::const_new() }; 3];
+    Ok(&find_or_start(broker).await?.0)
+}
+
+/// The management API of the RabbitMQ that all tests of this binary share.
+///
+/// For one that runs elsewhere, `RABBITMQ_MANAGEMENT_URL` names it; without that
+/// variable it is taken to be on port 15672 of this machine.
+///
+/// # Errors
+///
+/// If RabbitMQ cannot be started.
+pub async fn shared_management() -> Result<Management> {
+    let (_, url) = find_or_start(Broker::RabbitMq).await?;
+    Ok(Management::new(url.as_deref().unwrap_or_default()))
+}
+
+/// Address and management API.
+type Found = (String, Option<String>);
+
+async fn find_or_start(broker: Broker) -> Result<&'static Found> {
+    static SHARED: [OnceCell<Found>; 3] = [const { OnceCell::const_new() }; 3];
     let start = async || {
         if let Ok(address) = env::var(broker.address_var()) {
-            return Ok(address);
+            let management = env::var("RABBITMQ_MANAGEMENT_URL")
+                .unwrap_or_else(|_| "http://localhost:15672".to_owned());
+            return Ok((address, Some(management)));
         }
         let started = TestBroker::start(broker).await?;
-        let address = started.address.clone();
+        let found = (started.address.clone(), started.management.clone());
         // It has to outlive the test that happened to start it; the watcher of
         // `lab::cleanup` ends it together with this process.
         std::mem::forget(started);
-        Ok::<_, anyhow::Error>(address)
+        Ok::<_, anyhow::Error>(found)
     };
-    let address = SHARED[broker as usize].get_or_try_init(start).await?;
-    Ok(address)
+    SHARED[broker as usize].get_or_try_init(start).await
 }
 
 impl TestBroker {
@@ -80,7 +113,7 @@ impl TestBroker {
     ///
     /// If it does not start; with the end of its log.
     pub async fn start(broker: Broker) -> Result<Self> {
-        let (address, process) = if env::var_os(NATIVE).is_some() {
+        let (address, management, process) = if env::var_os(NATIVE).is_some() {
             start_process(broker).await?
         } else {
             start_container(broker).await?
@@ -88,15 +121,41 @@ impl TestBroker {
         let started = Self {
             broker,
             address,
+            management,
             process,
         };
         started.ready().await?;
         Ok(started)
     }
 
+    /// For a broker that was started with settings of its own.
+    pub(crate) fn from_process(
+        broker: Broker,
+        address: String,
+        management: Option<String>,
+        process: Process,
+    ) -> Self {
+        Self {
+            broker,
+            address,
+            management,
+            process,
+        }
+    }
+
     /// What an example wants in its environment variable.
     pub fn address(&self) -> &str {
         &self.address
+    }
+
+    /// The management API of this RabbitMQ.
+    ///
+    /// # Errors
+    ///
+    /// If it is another broker.
+    pub fn management(&self) -> Result<Management> {
+        let url = self.management.as_deref();
+        Ok(Management::new(url.context("only RabbitMQ has one")?))
     }
 
     /// SIGKILL, as if the machine had died, but for the disk.
@@ -129,6 +188,25 @@ impl TestBroker {
         self.ready().await
     }
 
+    /// Runs RabbitMQ's `rabbitmqctl`, as an operator would, and returns what it
+    /// prints.
+    ///
+    /// # Errors
+    ///
+    /// If it fails, as it does for another broker.
+    pub async fn rabbitmqctl(&self, words: &[&str]) -> Result<String> {
+        match &self.process {
+            Process::Container { id, .. } => {
+                let command = [&["exec", id, "rabbitmqctl"][..], words].concat();
+                docker(&command).await
+            }
+            // Blocks for as long as the tool runs.
+            Process::Native(server) => {
+                block_in_place(|| native::rabbitmqctl(server, words))
+            }
+        }
+    }
+
     /// Sends a signal that the broker knows, such as `USR2`, which puts NATS into
     /// lame duck mode. For one that ends it, there is [`Self::kill`].
     ///
@@ -146,7 +224,7 @@ impl TestBroker {
 
     /// Waits until a client is served: an open port is not enough, Docker's
     /// proxy opens it before the broker does.
-    async fn ready(&self) -> Result<()> {
+    pub(crate) async fn ready(&self) -> Result<()> {
         let address = &self.address;
         let ready = match self.broker {
             Broker::Kafka => {
@@ -193,7 +271,7 @@ impl TestBroker {
     }
 }
 
-async fn start_process(broker: Broker) -> Result<(String, Process)> {
+async fn start_process(broker: Broker) -> Result<(String, Option<String>, Process)> {
     let options = native::Options {
         port: None,
         data: None,
@@ -202,17 +280,28 @@ async fn start_process(broker: Broker) -> Result<(String, Process)> {
     let server = spawn_blocking(move || native::start(broker, &options)).await??;
     Ok((
         server.address().to_owned(),
+        server.management().map(str::to_owned),
         Process::Native(Box::new(server)),
     ))
 }
 
-async fn start_container(broker: Broker) -> Result<(String, Process)> {
+async fn start_container(
+    broker: Broker,
+) -> Result<(String, Option<String>, Process)> {
     // Chosen here, not by Docker: Kafka must be told under which port its
     // clients will find it, and no broker may move when it is restarted.
     let port = free_port()?;
-    let (id, guard) = run_container(request(broker, port)?).await?;
+    let mut request = request(broker, port)?;
+    let mut management = None;
+    if broker == Broker::RabbitMq {
+        let port = free_port()?;
+        request = request.with_mapped_port(port, MANAGEMENT.tcp());
+        management = Some(format!("http://localhost:{port}"));
+    }
+    let (id, guard) = run_container(request).await?;
     Ok((
         broker.address(port),
+        management,
         Process::Container { id, _guard: guard },
     ))
 }
@@ -249,7 +338,10 @@ pub(crate) fn image(broker: Broker) -> Result<GenericImage> {
     Ok(GenericImage::new(image, tag))
 }
 
-fn request(broker: Broker, port: u16) -> Result<ContainerRequest<GenericImage>> {
+pub(crate) fn request(
+    broker: Broker,
+    port: u16,
+) -> Result<ContainerRequest<GenericImage>> {
     let mut request = image(broker)?
         .with_mapped_port(port, broker.default_port().tcp())
         // Kafka calls itself by the name of the service.
@@ -260,11 +352,15 @@ fn request(broker: Broker, port: u16) -> Result<ContainerRequest<GenericImage>> 
     }
     Ok(match broker {
         Broker::Nats => request.with_cmd(["-js"]),
-        Broker::Kafka | Broker::RabbitMq => request,
+        // The official image brings fewer of them.
+        Broker::RabbitMq => {
+            request.with_copy_to("/etc/rabbitmq/enabled_plugins", PLUGINS.to_vec())
+        }
+        Broker::Kafka => request,
     })
 }
 
-fn free_port() -> Result<u16> {
+pub(crate) fn free_port() -> Result<u16> {
     // Free at this moment; that another program takes it before the container
     // does is possible, and then the container says so.
     Ok(TcpListener::bind(("127.0.0.1", 0))?.local_addr()?.port())

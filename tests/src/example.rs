@@ -148,7 +148,13 @@ impl Example {
         Ok(())
     }
 
-    async fn signal(&self, signal: &str) -> Result<()> {
+    /// Any other signal, by its name without `SIG`: `STOP` and `CONT` for a program
+    /// that hangs for a while.
+    ///
+    /// # Errors
+    ///
+    /// If the example has ended already.
+    pub async fn signal(&self, signal: &str) -> Result<()> {
         let id = self.child.id().context("the example has ended")?;
         let sent = Command::new("kill")
             .args(["-s", signal, &id.to_string()])
@@ -156,6 +162,15 @@ impl Example {
             .await?;
         ensure!(sent.success(), "cannot send {signal} to {}", self.name);
         Ok(())
+    }
+
+    /// Whether the process is gone, which does not wait for it.
+    ///
+    /// # Errors
+    ///
+    /// If the system does not tell.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     /// Waits until the example ends.
@@ -261,6 +276,19 @@ impl Ended {
         }
     }
 
+    /// A [`Self::one_line_error`] with these words, and nothing on stdout: it did
+    /// not get in. Returns the line.
+    ///
+    /// # Errors
+    ///
+    /// With all its output, if it was otherwise.
+    pub fn refused(&self, words: &str) -> Result<&str> {
+        let line = self.one_line_error()?;
+        ensure!(line.contains(words), "{words:?} is not in {line:?}");
+        ensure!(self.stdout.is_empty(), "it got in: {}", self.stdout);
+        Ok(line)
+    }
+
     fn said(&self) -> String {
         said(&self.name, &self.stdout, &self.stderr)
     }
@@ -278,11 +306,24 @@ pub async fn fail_with_one_line(
     address: (&str, &str),
     parts: &[&str],
 ) -> Result<()> {
+    fail_with_one_line_each(binaries, &[address], parts).await
+}
+
+/// As [`fail_with_one_line`], for examples that read more than one variable.
+///
+/// # Errors
+///
+/// If an example answers otherwise.
+pub async fn fail_with_one_line_each(
+    binaries: &[impl AsRef<str>],
+    variables: &[(&str, &str)],
+    parts: &[&str],
+) -> Result<()> {
     let started = Instant::now();
     // All at the same time: one that waits for an answer keeps nobody else.
     let examples = binaries
         .iter()
-        .map(|binary| Example::start(binary.as_ref(), &[], address))
+        .map(|binary| Example::start_with(binary.as_ref(), &[], variables))
         .collect::<Result<Vec<_>>>()?;
     for example in examples {
         let name = example.name.clone();

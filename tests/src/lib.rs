@@ -3,10 +3,16 @@
 
 pub mod broker;
 pub mod example;
+mod files;
+pub mod kafka;
 pub mod nats;
 pub mod nats_cli;
 pub mod observe;
+pub mod pika;
 pub mod proxy;
+pub mod rabbitmq;
+pub mod random;
+pub mod tls;
 pub mod wait;
 
 pub use broker::TestBroker;

@@ -14,23 +14,16 @@
 //! # }
 //! ```
 
-use std::{
-    env, fs,
-    path::{Path, PathBuf},
-};
+use std::{env, fs, path::PathBuf};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use lab::{
-    broker::Broker,
-    cleanup::{self, Guard},
-    native, shell,
-};
+use lab::{broker::Broker, cleanup::Guard, native, shell};
 use testcontainers::{ImageExt as _, core::IntoContainerPort as _};
 use tokio::task::{block_in_place, spawn_blocking};
 
 use crate::{
     broker::{NATIVE, docker, image, run_container},
-    wait,
+    files, wait,
 };
 
 /// What one server is to be.
@@ -110,16 +103,13 @@ impl Servers {
     /// If one does not start; with the end of its log.
     pub async fn start(
         servers: &[Server<'_>],
-        files: &[(&str, Vec<u8>)],
+        files: &[(String, Vec<u8>)],
     ) -> Result<Self> {
         let configs = servers.iter().map(|server| {
             let path = format!("{}.conf", server.name);
             (path, server.config.clone().into_bytes())
         });
-        let others = files
-            .iter()
-            .map(|(path, data)| ((*path).to_owned(), data.clone()));
-        let files: Vec<_> = configs.chain(others).collect();
+        let files: Vec<_> = configs.chain(files.iter().cloned()).collect();
         let place = match env::var_os(NATIVE) {
             Some(_) => Place::folder(&files)?,
             None => Place::container(servers, files).await?,
@@ -232,7 +222,7 @@ impl Servers {
     pub async fn write(&self, path: &str, data: &[u8]) -> Result<()> {
         match &self.place {
             Place::Native { folder, .. } => {
-                write_files(folder, &[(path.to_owned(), data.to_vec())])
+                files::write(folder, &[(path.to_owned(), data.to_vec())])
             }
             Place::Container { id, .. } => {
                 let file = tempfile::NamedTempFile::new()?;
@@ -298,12 +288,7 @@ impl Servers {
 
 impl Place {
     fn folder(files: &[(String, Vec<u8>)]) -> Result<Self> {
-        let folder = tempfile::Builder::new().prefix("lab-nats-").tempdir()?;
-        let guard = cleanup::folder(folder.path())?;
-        // As the configurations would be resolved by the servers: on macOS the
-        // folder for temporary files is a link.
-        let folder = folder.keep().canonicalize()?;
-        write_files(&folder, files)?;
+        let (folder, guard) = files::folder("lab-nats-", files)?;
         Ok(Self::Native {
             folder,
             _guard: guard,
@@ -328,16 +313,4 @@ impl Place {
         let (id, guard) = run_container(request).await?;
         Ok(Self::Container { id, _guard: guard })
     }
-}
-
-fn write_files(folder: &Path, files: &[(String, Vec<u8>)]) -> Result<()> {
-    for (path, data) in files {
-        let path = folder.join(path);
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent)?;
-        }
-        fs::write(&path, data)
-            .with_context(|| format!("cannot write {}", path.display()))?;
-    }
-    Ok(())
 }

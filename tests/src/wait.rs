@@ -18,14 +18,28 @@ const POLL: Duration = Duration::from_millis(50);
 /// After [`DEADLINE`]: what was waited for, and what the last look found.
 pub async fn until<T>(
     what: &str,
+    look: impl AsyncFnMut() -> Result<T, anyhow::Error>,
+) -> Result<T> {
+    within(DEADLINE, what, look).await
+}
+
+/// As [`until`], for what takes its time: a broker that looks again only every so
+/// often.
+///
+/// # Errors
+///
+/// After this limit: what was waited for, and what the last look found.
+pub async fn within<T>(
+    limit: Duration,
+    what: &str,
     mut look: impl AsyncFnMut() -> Result<T, anyhow::Error>,
 ) -> Result<T> {
-    let deadline = Instant::now() + DEADLINE;
+    let deadline = Instant::now() + limit;
     loop {
         match look().await {
             Ok(found) => return Ok(found),
             Err(last) if Instant::now() > deadline => {
-                bail!("waited {DEADLINE:?} for {what}; at last: {last:#}")
+                bail!("waited {limit:?} for {what}; at last: {last:#}")
             }
             Err(_not_yet) => sleep(POLL).await,
         }

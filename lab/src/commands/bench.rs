@@ -19,12 +19,14 @@ use lab::{
 EXAMPLES:
   cargo lab bench nats            about ten minutes, on a machine with nothing
                                   else to do
+  cargo lab bench rabbitmq        about as long
+  cargo lab bench kafka           about six minutes
   cargo lab bench nats --quick    a try, into target/lab/bench; its figures say
                                   nothing
   cargo lab bench --render        draws docs/bench anew from its JSON")]
 pub struct Args {
-    /// The broker; nats is the only one so far
-    #[arg(required_unless_present = "render", value_parser = ["nats"])]
+    /// The broker
+    #[arg(required_unless_present = "render", value_parser = ["kafka", "nats", "rabbitmq"])]
     broker: Option<String>,
     /// How often each case is measured; five times at least
     #[arg(long, value_name = "N")]

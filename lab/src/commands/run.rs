@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use lab::{
     broker::Broker,
-    cleanup, private, progress, shell,
+    cleanup, features, header, private, progress, shell,
     up::{self, Way},
     workspace,
 };
@@ -18,8 +18,8 @@ use lab::{
 /// The broker stays up, so that the other half of a lesson finds it; `cargo lab
 /// down` stops it. With an address in the environment, nothing is started.
 ///
-/// An example about the settings of a server, `<package>/config/NAME.conf`, gets
-/// a server of its own, which ends with it.
+/// An example about the settings of a server, `<package>/config/NAME.conf` or, for
+/// Kafka, `NAME.properties`, gets a server of its own, which ends with it.
 #[derive(clap::Args)]
 #[command(after_help = "\
 EXAMPLES:
@@ -51,6 +51,16 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     };
     let mut command = Command::new("cargo");
     command.args(["run", "--quiet", "--bin", &example.name]);
+    // Its header is judged by `cargo lab check`, not here.
+    if let Ok(header) = header::parse(&workspace::read(&example.path)?)
+        && let Some(name) = header.features()
+    {
+        let feature = features::ALL.iter().find(|feature| feature.name == name);
+        if let Some(feature) = feature {
+            feature.require(&example.name, args.yes)?;
+        }
+        command.args(["--features", name]);
+    }
     if !args.args.is_empty() {
         command.arg("--").args(&args.args);
     }
@@ -58,7 +68,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if let Some(config) = private::config(example)
         && !given
     {
-        let server = private::start(&config, args.yes)?;
+        let server = private::start(example.broker, &config, args.yes)?;
         command.envs(server.variables.iter().map(|(name, value)| (name, value)));
         return attend(command);
     }

@@ -11,35 +11,9 @@ use anyhow::Result;
 use clap::ValueEnum;
 use lab::{
     broker::Broker,
-    docker, images, job, native, packages, progress, shell, tools,
+    docker, features, images, job, native, progress, shell, tools,
     workspace::{self, write},
 };
-
-/// What `kafka-examples` can be built with beside its default: the feature, the
-/// Debian packages with the headers, and the name by which pkg-config or the
-/// search path knows them.
-const FEATURES: [(&str, &[&str], &[Needed]); 3] = [
-    (
-        "tls",
-        &["libssl-dev", "pkg-config"],
-        &[Needed::Library("openssl")],
-    ),
-    (
-        "kerberos",
-        &["libssl-dev", "libsasl2-dev", "pkg-config"],
-        &[Needed::Library("openssl"), Needed::Library("libsasl2")],
-    ),
-    (
-        "cmake-build",
-        &["libssl-dev", "cmake", "pkg-config"],
-        &[Needed::Library("openssl"), Needed::Program("cmake")],
-    ),
-];
-
-enum Needed {
-    Library(&'static str),
-    Program(&'static str),
-}
 
 /// Runs all tests, on real brokers.
 ///
@@ -52,7 +26,7 @@ PARTS, in this order:
   check     cargo lab check
   lab       unit tests of all crates, tests of cargo lab itself
   kafka, rabbitmq, nats, patterns
-            tests of the examples, each against its brokers
+            tests of the examples, each against its brokers; Kafka's with tls
   features  kafka-examples with tls, kerberos and cmake-build
   book      both books
 
@@ -84,6 +58,10 @@ enum Part {
     Book,
 }
 
+/// How many of the tests of NATS run at a time. Most of them wait for time limits
+/// of their own servers, so there may be more than the machine has cores.
+const NATS_THREADS: &str = "6";
+
 /// How a part ended.
 enum Verdict {
     Passed,
@@ -106,6 +84,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     if parts.contains(&Part::Nats) {
         // Some of its tests run it.
         tools::install_nats_cli(args.yes)?;
+    }
+    if parts.contains(&Part::Rabbitmq) || parts.contains(&Part::Patterns) {
+        tools::install_pika(args.yes)?;
     }
 
     let mut summary = Vec::new();
@@ -227,11 +208,17 @@ impl Part {
                 cargo(&["test", "--lib", "--bins"]),
                 cargo(&["test", "--package", "lab", "--test", "*"]),
             ]),
-            Self::Kafka => all(tests("kafka")),
+            Self::Kafka => kafka(tests("kafka"), args.yes),
             Self::Rabbitmq => all(tests("rabbitmq")),
-            Self::Nats => all(tests("nats")),
+            Self::Nats => {
+                let mut tests = tests("nats");
+                for test in &mut tests {
+                    test.args(["--", "--test-threads", NATS_THREADS]);
+                }
+                all(tests)
+            }
             Self::Patterns => all(tests("patterns")),
-            Self::Features => features(args.yes),
+            Self::Features => build_features(args.yes),
             Self::Book => {
                 let mut book = cargo(&["lab", "book"]);
                 if args.yes {
@@ -268,19 +255,39 @@ fn all(commands: Vec<Command>) -> Result<Verdict> {
     Ok(verdict)
 }
 
+/// Runs the tests of the Kafka examples, with TLS where it can be built.
+fn kafka(mut tests: Vec<Command>, yes: bool) -> Result<Verdict> {
+    let can_build = features::TLS.provide(yes)?;
+    if can_build {
+        for test in &mut tests {
+            test.args(["--features", features::TLS.name]);
+        }
+    }
+    match all(tests)? {
+        Verdict::Passed if !can_build => {
+            let missing = features::TLS.packages.join(" ");
+            Ok(Verdict::NotRun(format!("without TLS, missing: {missing}")))
+        }
+        verdict => Ok(verdict),
+    }
+}
+
 /// Builds the features of the guide's dependency block, each alone.
-fn features(yes: bool) -> Result<Verdict> {
+fn build_features(yes: bool) -> Result<Verdict> {
     let mut missing: Vec<&str> = Vec::new();
     let mut builds = Vec::new();
-    for (feature, packages, needed) in FEATURES {
-        if needed.iter().all(Needed::is_here) {
-            builds.push(build_with(feature));
-        } else if yes && packages::can_install() {
-            packages::install(packages)?;
-            builds.push(build_with(feature));
-        } else {
-            missing.extend(packages);
+    for feature in &features::ALL {
+        match feature.provide(yes)? {
+            true => builds.push(build_with(feature.name)),
+            false => missing.extend(feature.packages),
         }
+    }
+    if features::TLS.provide(yes)? {
+        // What only this feature compiles.
+        let mut clippy = cargo(&["clippy", "--package", "kafka-examples"]);
+        clippy.args(["--all-targets", "--features", features::TLS.name]);
+        clippy.args(["--", "--deny", "warnings"]);
+        builds.push(clippy);
     }
     let verdict = all(builds)?;
     if missing.is_empty() || matches!(verdict, Verdict::Failed) {
@@ -298,17 +305,4 @@ fn features(yes: bool) -> Result<Verdict> {
 fn build_with(feature: &str) -> Command {
     let feature = format!("kafka-examples/{feature}");
     cargo(&["build", "--bin", "kafka_producer", "--features", &feature])
-}
-
-impl Needed {
-    fn is_here(&self) -> bool {
-        match self {
-            Self::Library(name) => {
-                let mut exists = Command::new("pkg-config");
-                exists.args(["--exists", name]);
-                shell::output(&mut exists).is_ok()
-            }
-            Self::Program(name) => shell::which(name).is_some(),
-        }
-    }
 }

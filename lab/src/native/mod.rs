@@ -25,7 +25,9 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use crate::{
     broker::Broker,
     cleanup::{self, Guard},
+    kafka_settings::KafkaSettings,
     progress,
+    rabbitmq_settings::{self, DEFINITIONS, RabbitMqSettings},
 };
 use process::Process;
 
@@ -143,6 +145,87 @@ pub fn start_nats(config: &Path, port: u16) -> Result<Server> {
     })
 }
 
+/// Starts a Kafka with settings of its own. The files that they name are in
+/// `folder`; data, log and the complete settings go there too. The commands for
+/// its permissions have been run when this returns.
+///
+/// # Errors
+///
+/// If something is [`missing`], or Kafka does not get ready; then the error holds
+/// the last lines of its log.
+pub fn start_kafka(settings: &KafkaSettings, folder: &Path) -> Result<Server> {
+    prepare(Broker::Kafka, false)?;
+    let mut launch = kafka::launch_with(settings, folder, folder.join("log"))?;
+    let (process, version) = Process::start(Broker::Kafka, &mut launch)?;
+    for command in settings.commands() {
+        kafka::tool(folder, &command)?;
+    }
+    Ok(Server {
+        broker: Broker::Kafka,
+        address: Broker::Kafka.address(launch.port),
+        launch,
+        version,
+        process: Some(process),
+        _folder: None,
+    })
+}
+
+/// Starts a RabbitMQ with settings of its own, and returns it with its port for
+/// TLS. The files that the settings name are in `folder`; data and log go there
+/// too. [`Server::address`] is that of the plain port, which is there as well.
+///
+/// # Errors
+///
+/// If something is [`missing`], or RabbitMQ does not get ready; then the error
+/// holds the last lines of its log.
+pub fn start_rabbitmq(
+    settings: &RabbitMqSettings,
+    folder: &Path,
+) -> Result<(Server, u16)> {
+    prepare(Broker::RabbitMq, false)?;
+    let [port, tls, management, names, distribution] = free_ports()?;
+    if let Some(definitions) = &settings.definitions {
+        fs::write(folder.join(DEFINITIONS), definitions)?;
+    }
+    let mut launch = rabbitmq::launch_with(
+        folder,
+        folder.join("log"),
+        port,
+        [management, names, distribution],
+        rabbitmq_settings::PLUGINS,
+        |home| settings.native(home, tls),
+    )?;
+    let (process, version) = Process::start(Broker::RabbitMq, &mut launch)?;
+    let server = Server {
+        broker: Broker::RabbitMq,
+        address: Broker::RabbitMq.address(port),
+        launch,
+        version,
+        process: Some(process),
+        _folder: None,
+    };
+    Ok((server, tls))
+}
+
+/// Runs `rabbitmqctl` for a running RabbitMQ, and returns what it prints.
+///
+/// # Errors
+///
+/// If it fails; with what it has printed.
+pub fn rabbitmqctl(server: &Server, words: &[&str]) -> Result<String> {
+    rabbitmq::ctl(&server.launch, words)
+}
+
+/// Runs a script of Kafka's, as `kafka-acls.sh`, and returns what it prints;
+/// `folder` is that of a Kafka of [`start_kafka`].
+///
+/// # Errors
+///
+/// If there is no such script, or it fails; with what it has printed.
+pub fn kafka_tool(folder: &Path, words: &[String]) -> Result<String> {
+    kafka::tool(folder, words)
+}
+
 /// Starts several brokers at the same time; they are returned in the order
 /// asked for. A port or a data folder in the options is for one broker only.
 ///
@@ -193,6 +276,28 @@ pub fn prepare(broker: Broker, yes: bool) -> Result<()> {
 pub fn nats_server() -> Result<PathBuf> {
     prepare(Broker::Nats, true)?;
     nats::program().context("nats-server is gone; run again")
+}
+
+/// The program `java`, for the tools of the brokers' makers.
+///
+/// # Errors
+///
+/// If there is none that is new enough.
+pub fn java() -> Result<PathBuf> {
+    kafka::java().context(
+        "Java 17 or newer is missing; cargo lab up kafka --native --yes gets one",
+    )
+}
+
+/// The folder with Kafka's jars, which has its tools too.
+///
+/// # Errors
+///
+/// If they have not been fetched, and `KAFKA_HOME` names none.
+pub fn kafka_jars() -> Result<PathBuf> {
+    kafka::jars().context(
+        "Kafka's jars are missing; cargo lab up kafka --native --yes gets them",
+    )
 }
 
 /// One line: what is missing, and what to do.

@@ -41,6 +41,9 @@ const LEFT_OUT: [&str; 6] = [
     "/usr/lib/*/gconv/*",
 ];
 
+/// What every server has.
+const PLUGINS: &str = "[rabbitmq_management,rabbitmq_consistent_hash_exchange].\n";
+
 /// The user `rabbitmq` of the tree, who is unknown outside.
 const USER: &str = "999:999";
 
@@ -58,6 +61,9 @@ while kill -s 0 $server 2> /dev/null; do wait $server; status=$?; done
 kill $names
 exit $status
 "#;
+
+/// Runs a tool of RabbitMQ's in the place of the server.
+const TOOL: &str = r#"exec "$0" "$@""#;
 
 /// Arguments: tree, data folder, then what to run inside.
 const ENTER: &str = r#"
@@ -178,13 +184,31 @@ pub(super) fn launch(
     data: &Path,
     log: PathBuf,
     port: u16,
-    [management, names, distribution]: [u16; 3],
+    ports: [u16; 3],
 ) -> Result<Launch> {
-    write_settings(data, port, management)?;
+    launch_with(data, log, port, ports, PLUGINS, |_home| String::new())
+}
+
+/// As [`launch`], with these plugins and more settings, which may name files of
+/// the data folder as the server sees it.
+pub(super) fn launch_with(
+    data: &Path,
+    log: PathBuf,
+    port: u16,
+    [management, names, distribution]: [u16; 3],
+    plugins: &str,
+    settings: impl FnOnce(&Path) -> String,
+) -> Result<Launch> {
     let way = Way::found().context("RabbitMQ is gone; run again")?;
-    let (mut command, home) = match way {
-        Way::Installed(server) => (serve(&server), data),
-        Way::Tree(tree) => (serve_in_tree(&tree, data)?, Path::new(HOME)),
+    let home = match way {
+        Way::Installed(_) => data,
+        Way::Tree(_) => Path::new(HOME),
+    };
+    write_settings(data, port, management, &settings(home))?;
+    fs::write(data.join("enabled_plugins"), plugins)?;
+    let mut command = match way {
+        Way::Installed(server) => serve(&server),
+        Way::Tree(tree) => serve_in_tree(&tree, data)?,
     };
     command
         .env("HOME", home)
@@ -221,7 +245,40 @@ pub(super) fn launch(
     })
 }
 
-fn write_settings(data: &Path, port: u16, management: u16) -> Result<()> {
+/// Runs `rabbitmqctl` where the server of this launch runs, with its cookie and
+/// its name service, and returns what it prints.
+pub(super) fn ctl(launch: &Launch, words: &[&str]) -> Result<String> {
+    let serve = &launch.command;
+    let mut command = Command::new(serve.get_program());
+    if serve.get_program() == "unshare" {
+        command.env_clear();
+    }
+    for arg in serve.get_args() {
+        let path = Path::new(arg);
+        if arg == SERVE {
+            command.arg(TOOL);
+        } else if path.ends_with("rabbitmq-server") {
+            command.arg(path.with_file_name("rabbitmqctl"));
+        } else {
+            command.arg(arg);
+        }
+    }
+    command.args(words);
+    for (name, value) in serve.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    shell::output(&mut command)
+}
+
+fn write_settings(
+    data: &Path,
+    port: u16,
+    management: u16,
+    more: &str,
+) -> Result<()> {
     let settings = format!(
         "\
 listeners.tcp.default = 127.0.0.1:{port}
@@ -230,10 +287,9 @@ management.tcp.port = {management}
 log.console = true
 log.console.use_colors = off
 log.file = false
-"
+{more}"
     );
     fs::write(data.join("rabbitmq.conf"), settings)?;
-    fs::write(data.join("enabled_plugins"), "[rabbitmq_management].\n")?;
     Ok(())
 }
 

@@ -171,6 +171,7 @@ async fn answer_all(mut requests: Endpoint) -> Result<()> {
 
 // ANCHOR: stop
 /// Takes no more requests, answers those that have come, closes the connection.
+/// One that is on its way meanwhile gets no answer, so its asker asks again.
 async fn stop(client: &Client, service: Service) -> Result<()> {
     service.stop().await.map_err(Error::from_boxed)?;
     // Ends the stream of requests after the last one that had come.

@@ -2,9 +2,11 @@
 
 use anyhow::{Result, bail};
 use async_nats::{
-    Client, ConnectOptions, RequestErrorKind, Subscriber,
+    Client, ConnectOptions, Message, RequestErrorKind, Subscriber,
     jetstream::{self, ErrorCode, context::DeleteStreamErrorKind},
 };
+
+use crate::wait;
 
 /// Connects, without waiting for a server that is not there.
 ///
@@ -45,6 +47,31 @@ pub async fn round_trip(client: &Client) -> Result<()> {
         Err(error) => Err(error.into()),
         Ok(_answer) => bail!("somebody listens on observer.nobody.listens"),
     }
+}
+
+/// Asks, and asks again while the server knows of nobody who answers. An example
+/// says that it is ready when its subscription is written to the socket, and the
+/// server reads its sockets in any order.
+///
+/// # Errors
+///
+/// If the server still knows of nobody after [`wait::DEADLINE`], or no answer
+/// comes.
+pub async fn request(
+    client: &Client,
+    subject: &'static str,
+    payload: &'static str,
+) -> Result<Message> {
+    wait::until("a responder", async || {
+        match client.request(subject, payload.into()).await {
+            Err(error) if error.kind() == RequestErrorKind::NoResponders => {
+                Err(error.into())
+            }
+            answer => Ok(answer),
+        }
+    })
+    .await?
+    .map_err(Into::into)
 }
 
 /// JetStream through a connection of its own.
