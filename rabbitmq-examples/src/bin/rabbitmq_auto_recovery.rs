@@ -46,7 +46,7 @@ use anyhow::{Context as _, Result, anyhow, bail, ensure};
 use futures_lite::StreamExt as _;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties,
-    Consumer, Event,
+    Consumer,
     message::Delivery,
     options::{
         BasicAckOptions, BasicConsumeOptions, BasicPublishOptions, BasicQosOptions,
@@ -109,7 +109,7 @@ async fn story() -> Result<()> {
     let old = next(&mut readings).await?;
     println!("consumed:  {}, not acknowledged yet", text(&old));
 
-    break_connection(&connection).await?;
+    break_connection(&publisher).await?;
     println!("broken:    RabbitMQ has closed the connection, lapin has a new one");
 
     publish(&publisher, "reading-2").await?;
@@ -128,16 +128,14 @@ async fn story() -> Result<()> {
         println!("consumed:  {}{again}", text(&reading));
         acknowledge(&reading).await?;
     }
-    connection.close(200, "done".into()).await?;
+    close(&connection).await?;
     Ok(())
 }
 
 /// Asks for what RabbitMQ does not know, `immediate`: it answers by closing the
 /// connection, as it does when an operator closes it or the server stops. Returns
-/// when there is a new one.
-async fn break_connection(connection: &Connection) -> Result<()> {
-    let mut events = connection.events_listener();
-    let channel = connection.create_channel().await?;
+/// when there is a new one, with this channel open in it.
+async fn break_connection(channel: &Channel) -> Result<()> {
     let immediate = BasicPublishOptions {
         immediate: true,
         ..BasicPublishOptions::default()
@@ -146,17 +144,12 @@ async fn break_connection(connection: &Connection) -> Result<()> {
     let confirm = channel
         .basic_publish("".into(), QUEUE.into(), immediate, b"", properties)
         .await?;
-    drop(confirm);
-    let recovered = async {
-        while let Some(event) = events.next().await {
-            // Once more: the first connection was there before the listener.
-            if let Event::Connected = event {
-                break;
-            }
-        }
+    let Err(error) = confirm.await else {
+        bail!("RabbitMQ has not closed the connection");
     };
-    let recovered = timeout(RECOVERY, recovered).await;
-    recovered.context(NOT_RECOVERED)
+    let recovery = timeout(RECOVERY, channel.wait_for_recovery(error)).await;
+    recovery.context(NOT_RECOVERED)??;
+    Ok(())
 }
 // ANCHOR_END: story
 
@@ -212,7 +205,7 @@ async fn publish_many(count: usize) -> Result<()> {
         repeated += publish(&publisher, &reading).await?;
     }
     println!("published: {count} readings, {repeated} publishes repeated");
-    connection.close(200, "done".into()).await?;
+    close(&connection).await?;
     Ok(())
 }
 
@@ -237,10 +230,7 @@ async fn consume_all() -> Result<()> {
         acknowledge(&reading).await?;
     }
     drop(publisher);
-    // In the middle of a recovery there is nothing to close.
-    if connection.status().connected() {
-        connection.close(200, "done".into()).await?;
-    }
+    close(&connection).await?;
     println!("stopped");
     Ok(())
 }
@@ -300,6 +290,18 @@ async fn next(readings: &mut Consumer) -> Result<Delivery> {
     let reading = timeout(RECOVERY, readings.next()).await;
     let reading = reading.context("no reading came within 45 s")?;
     Ok(reading.context("the queue is gone")??)
+}
+
+/// In the middle of a recovery there is nothing to close, and a connection that is
+/// lost in this very moment is closed as well.
+async fn close(connection: &Connection) -> Result<()> {
+    if !connection.status().connected() {
+        return Ok(());
+    }
+    match connection.close(200, "done".into()).await {
+        Err(error) if error.can_be_recovered() => Ok(()),
+        closed => Ok(closed?),
+    }
 }
 
 fn text(reading: &Delivery) -> String {
