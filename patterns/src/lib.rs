@@ -1,5 +1,7 @@
 //! The decisions of the patterns: data in, data out, no client in scope.
 //!
-//! What a broker does with a decision is in `src/bin/<pattern>_<broker>.rs`.
+//! What is written into a database together is here as well. What a broker does with
+//! a decision is in `src/bin/<pattern>_<broker>.rs`.
 
+pub mod idempotent_consumer;
 pub mod task_queue;

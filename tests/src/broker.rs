@@ -222,6 +222,33 @@ impl TestBroker {
         }
     }
 
+    /// Stops all its processes where they are, so that it answers nobody, and its
+    /// connections stay open.
+    ///
+    /// # Errors
+    ///
+    /// If the broker is not running.
+    pub async fn freeze(&self) -> Result<()> {
+        match &self.process {
+            Process::Container { id, .. } => docker(&["pause", id]).await.map(drop),
+            Process::Native(server) => block_in_place(|| server.signal("STOP")),
+        }
+    }
+
+    /// Lets it go on after [`Self::freeze`].
+    ///
+    /// # Errors
+    ///
+    /// If the broker is not running.
+    pub async fn thaw(&self) -> Result<()> {
+        match &self.process {
+            Process::Container { id, .. } => {
+                docker(&["unpause", id]).await.map(drop)
+            }
+            Process::Native(server) => block_in_place(|| server.signal("CONT")),
+        }
+    }
+
     /// Waits until a client is served: an open port is not enough, Docker's
     /// proxy opens it before the broker does.
     pub(crate) async fn ready(&self) -> Result<()> {

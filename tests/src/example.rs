@@ -20,7 +20,7 @@ use crate::wait::DEADLINE;
 
 /// With this variable set, outputs are written to `docs/outputs` for the book
 /// instead of being compared with what is there.
-const RECORD: &str = "LAB_RECORD";
+pub const RECORD: &str = "LAB_RECORD";
 
 /// A running example. Dropped, it gets SIGKILL.
 pub struct Example {
@@ -117,6 +117,14 @@ impl Example {
             {
                 return Ok(line);
             }
+        }
+    }
+
+    /// Passes over the lines that have come so far, as if somebody had waited for
+    /// them.
+    pub fn pass_over(&mut self) {
+        while let Ok(line) = self.lines.try_recv() {
+            self.keep(line);
         }
     }
 

@@ -12,9 +12,11 @@ pub mod pika;
 pub mod proxy;
 pub mod rabbitmq;
 pub mod random;
+pub mod supervised;
 pub mod tls;
 pub mod wait;
 
 pub use broker::TestBroker;
 pub use example::Example;
 pub use proxy::Proxy;
+pub use supervised::Supervised;

@@ -14,15 +14,15 @@ use std::{
 use anyhow::Result;
 use lab::{
     book::Language,
-    svg,
+    guarantees, svg,
     workspace::{self, files, read, shown},
 };
 
 use super::{bench, index, test};
 
 /// Finds what does not agree with the code: headers, recorded outputs, pages,
-/// translations, links, the index, the picture in the READMEs and what shows the
-/// results of the benchmark.
+/// translations, links, the index, the picture in the READMEs, and what shows the
+/// results of the benchmark and of the tests of faults.
 ///
 /// Each finding is one line with its file, its line and the way out.
 #[derive(clap::Args)]
@@ -101,6 +101,7 @@ fn problems(root: &Path) -> Result<Vec<Problem>> {
     check_picture(&mut report);
     check_summary(&mut report);
     check_bench(&mut report);
+    check_guarantees(&mut report);
     check_test_modules(&mut report)?;
     report.problems.sort();
     Ok(report.problems)
@@ -168,6 +169,21 @@ fn check_bench(report: &mut Report<'_>) {
             for (file, problem) in problems {
                 let text = format!("{problem}; run cargo lab bench --render");
                 report.add(&report.root.join(file), 1, text);
+            }
+        }
+    }
+}
+
+/// The table of guarantees tells of the code that is here.
+fn check_guarantees(report: &mut Report<'_>) {
+    match guarantees::problems(report.root) {
+        Err(error) => {
+            let folder = report.root.join("docs/guarantees");
+            report.add(&folder, 1, format!("cannot be checked: {error:#}"));
+        }
+        Ok(problems) => {
+            for (file, text) in problems {
+                report.add(&file, 1, text);
             }
         }
     }

@@ -1,4 +1,5 @@
-//! `cargo lab index`: the generated parts of both READMEs.
+//! `cargo lab index`: the generated parts of both READMEs, and the table of
+//! guarantees.
 
 use std::{collections::HashMap, path::Path, process::ExitCode};
 
@@ -6,6 +7,7 @@ use anyhow::{Context as _, Result, bail};
 use lab::{
     book::{self, Language, Page},
     broker::Broker,
+    guarantees,
     workspace::{self, Example, read, shown, write},
 };
 
@@ -13,7 +15,8 @@ use lab::{
 ///
 /// Between `<!-- lab:index -->` and `<!-- /lab:index -->` comes the table of the
 /// examples, between `<!-- lab:output NAME -->` and `<!-- /lab:output -->` the
-/// recorded output docs/outputs/NAME.txt.
+/// recorded output docs/outputs/NAME.txt. The tables of the book below
+/// docs/guarantees are written from what the tests of faults have counted.
 #[derive(clap::Args)]
 pub struct Args {
     /// Write nothing, and fail if something would change
@@ -23,6 +26,9 @@ pub struct Args {
 
 pub fn run(args: &Args) -> Result<ExitCode> {
     let root = workspace::root();
+    if !args.check {
+        guarantees::update(root)?;
+    }
     for language in Language::ALL {
         let readme = language.readme();
         if args.check {

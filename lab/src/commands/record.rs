@@ -5,7 +5,7 @@ use std::process::{Command, ExitCode};
 use anyhow::{Context as _, Result, bail};
 use lab::{
     book::Language,
-    progress, shell, svg,
+    guarantees, progress, shell, svg,
     workspace::{self, read, write},
 };
 
@@ -40,6 +40,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     }
     let picture = svg::render(&read(&transcript)?);
     write(&transcript.with_extension("svg"), &picture)?;
+    guarantees::update(root)?;
     for language in Language::ALL {
         index::update(root, language)?;
     }
@@ -51,7 +52,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 /// run for minutes, so they print what they do.
 fn record_outputs(args: &Args) -> Result<()> {
     let mut tests = lab("test", args);
-    tests.args(["kafka", "rabbitmq", "nats", "patterns"]);
+    tests.args(["kafka", "rabbitmq", "nats", "patterns", "faults"]);
     tests.env("LAB_RECORD", "1");
     println!("$ {}", shell::shown(&tests));
     if !tests.status().context("cargo does not start")?.success() {

@@ -27,12 +27,15 @@ PARTS, in this order:
   lab       unit tests of all crates, tests of cargo lab itself
   kafka, rabbitmq, nats, patterns
             tests of the examples, each against its brokers; Kafka's with tls
+  faults    a thousand messages and ten kills for each line of the book's table
+            of guarantees
   features  kafka-examples with tls, kerberos and cmake-build
   book      both books
 
 EXAMPLES:
   cargo lab test --yes        everything
-  cargo lab test nats         the tests of one crate")]
+  cargo lab test nats         the tests of one crate
+  cargo lab test faults       only the faults, with what each has counted")]
 pub struct Args {
     /// Only these parts
     #[arg(value_name = "PART", hide_possible_values = true)]
@@ -54,6 +57,7 @@ enum Part {
     Rabbitmq,
     Nats,
     Patterns,
+    Faults,
     Features,
     Book,
 }
@@ -61,6 +65,10 @@ enum Part {
 /// How many of the tests of NATS run at a time. Most of them wait for time limits
 /// of their own servers, so there may be more than the machine has cores.
 const NATS_THREADS: &str = "6";
+
+/// How many faults are done at a time. Each has a broker of its own, and waits most of
+/// the time for it to come back.
+const FAULT_THREADS: &str = "4";
 
 /// How a part ended.
 enum Verdict {
@@ -161,6 +169,7 @@ impl Part {
             Self::Rabbitmq => "rabbitmq",
             Self::Nats => "nats",
             Self::Patterns => "patterns",
+            Self::Faults => "faults",
             Self::Features => "features",
             Self::Book => "book",
         }
@@ -171,7 +180,7 @@ impl Part {
             Self::Kafka => broker == Broker::Kafka,
             Self::Rabbitmq => broker == Broker::RabbitMq,
             Self::Nats => broker == Broker::Nats,
-            Self::Patterns => patterns_use(broker),
+            Self::Patterns | Self::Faults => patterns_use(broker),
             Self::Lint | Self::Check | Self::Lab | Self::Features | Self::Book => {
                 false
             }
@@ -218,6 +227,19 @@ impl Part {
                 all(tests)
             }
             Self::Patterns => all(tests("patterns")),
+            Self::Faults => {
+                let mut tests = tests("faults");
+                for test in &mut tests {
+                    // What each of them has counted so far is shown as it runs.
+                    test.args([
+                        "--",
+                        "--nocapture",
+                        "--test-threads",
+                        FAULT_THREADS,
+                    ]);
+                }
+                all(tests)
+            }
             Self::Features => build_features(args.yes),
             Self::Book => {
                 let mut book = cargo(&["lab", "book"]);

@@ -1,26 +1,17 @@
 //! The first line of a translated page: which English text it is a translation of.
 
-use std::{
-    fmt::Write as _,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
 use lab::{
     book::{Language, resolve},
+    digest,
     workspace::{self, read, shown},
 };
-use sha2::{Digest as _, Sha256};
 
 /// The stamp for a translation of this English text.
 pub fn of(english: &str) -> String {
-    let digest = Sha256::digest(english);
-    let mut hash = String::new();
-    for byte in &digest[..6] {
-        // Writing to a string cannot fail.
-        let _ = write!(hash, "{byte:02x}");
-    }
-    format!("<!-- en: {hash} -->")
+    format!("<!-- en: {} -->", digest::short(english))
 }
 
 /// Has this line the form of a stamp?

@@ -1,0 +1,176 @@
+//! A program that is started again when it ends, as a service manager does it.
+
+use std::{mem, time::Duration};
+
+use anyhow::{Result, bail};
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::{Example, example::Ended, wait::DEADLINE};
+
+/// The pause before it is started again.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// How long a process may take to be gone after its output has ended.
+const ENDING: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(10);
+
+/// An example that is started again whenever it has ended.
+pub struct Supervised<'a> {
+    binary: &'a str,
+    words: &'a [&'a str],
+    variable: (&'a str, &'a str),
+    running: Example,
+    /// What it printed before it was started again.
+    earlier: String,
+    /// Why it has ended by itself, one line each.
+    errors: Vec<String>,
+}
+
+impl<'a> Supervised<'a> {
+    /// Starts it, as [`Example::start`].
+    ///
+    /// # Errors
+    ///
+    /// If the binary cannot be started.
+    pub fn start(
+        binary: &'a str,
+        words: &'a [&'a str],
+        variable: (&'a str, &'a str),
+    ) -> Result<Self> {
+        Ok(Self {
+            binary,
+            words,
+            variable,
+            running: Example::start(binary, words, variable)?,
+            earlier: String::new(),
+            errors: Vec::new(),
+        })
+    }
+
+    /// SIGKILL, and starts it again.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started.
+    pub async fn kill(&mut self) -> Result<()> {
+        // It may have ended by itself at this very moment.
+        let _ = self.running.signal("KILL").await;
+        self.start_again().await.map(drop)
+    }
+
+    /// As [`Example::pass_over`].
+    pub fn pass_over(&mut self) {
+        self.running.pass_over();
+    }
+
+    /// Any other signal, by its name without `SIG`.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended.
+    pub async fn signal(&self, signal: &str) -> Result<()> {
+        self.running.signal(signal).await
+    }
+
+    /// Starts it again if it has ended.
+    ///
+    /// # Errors
+    ///
+    /// If it has ended otherwise than with one line that says why.
+    pub async fn look_after(&mut self) -> Result<()> {
+        if self.running.has_ended()? {
+            sleep(PAUSE).await;
+            let ended = self.start_again().await?;
+            self.errors.push(ended.reason()?.to_owned());
+        }
+        Ok(())
+    }
+
+    async fn start_again(&mut self) -> Result<Ended> {
+        let next = Example::start(self.binary, self.words, self.variable)?;
+        let ended = mem::replace(&mut self.running, next).end().await?;
+        self.earlier.push_str(&ended.stdout);
+        Ok(ended)
+    }
+
+    /// Waits for a line with this text, also when it has to be started again for it.
+    ///
+    /// # Errors
+    ///
+    /// After [`DEADLINE`].
+    pub async fn prints(&mut self, text: &str) -> Result<()> {
+        let deadline = Instant::now() + DEADLINE;
+        while let Err(error) = self.running.prints(text).await {
+            // Its output ends a moment before the process.
+            let gone = timeout(ENDING, async {
+                while !self.running.has_ended()? {
+                    sleep(POLL).await;
+                }
+                Ok::<_, anyhow::Error>(())
+            });
+            if gone.await.is_err() || Instant::now() > deadline {
+                bail!(error);
+            }
+            self.look_after().await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for an end without an error. Returns as [`Self::stop`].
+    ///
+    /// # Errors
+    ///
+    /// If it does not end, or not with one line that says why.
+    pub async fn finish(mut self) -> Result<(String, Vec<String>)> {
+        loop {
+            let ended = self.running.end().await?;
+            self.earlier.push_str(&ended.stdout);
+            if ended.status.success() {
+                return Ok((self.earlier, self.errors));
+            }
+            self.errors.push(ended.reason()?.to_owned());
+            sleep(PAUSE).await;
+            self.running = Example::start(self.binary, self.words, self.variable)?;
+        }
+    }
+
+    /// Ctrl-C, and no error after it. Returns all that it has printed since it was
+    /// started for the first time, and why it was started again.
+    ///
+    /// # Errors
+    ///
+    /// If it ends with one.
+    pub async fn stop(self) -> Result<(String, Vec<String>)> {
+        self.running.interrupt().await?;
+        let ended = self.running.end().await?;
+        if !ended.status.success() {
+            bail!("{} {}", ended.status, ended.stderr);
+        }
+        Ok((self.earlier + &ended.stdout, self.errors))
+    }
+}
+
+impl Ended {
+    /// The last line on stderr of a program that could not go on; before it, it may
+    /// have said that it has lost its broker.
+    ///
+    /// # Errors
+    ///
+    /// If it ended in another way.
+    pub fn reason(&self) -> Result<&str> {
+        match self.stderr.lines().last() {
+            Some(line)
+                if self.status.code() == Some(1) && line.starts_with("error: ") =>
+            {
+                Ok(line)
+            }
+            _ => bail!(
+                "{} has ended without a reason: {} {}{}",
+                self.name,
+                self.status,
+                self.stdout,
+                self.stderr
+            ),
+        }
+    }
+}
