@@ -5,3 +5,4 @@
 
 pub mod idempotent_consumer;
 pub mod task_queue;
+pub mod transactional_outbox;

@@ -113,18 +113,28 @@ impl Scene {
                 Ok(())
             }
             Fault::ConnectionCut => {
-                let proxy = self.proxy.as_ref().context("no way to cut")?;
-                proxy.freeze();
+                self.drop_what_is_sent()?;
                 worker.pass_over();
                 // The acknowledgement of this one gets lost; but NATS sends no more than
                 // was asked for, and the worker may have had all of that.
                 let next = timeout(FROZEN_CONNECTION, worker.prints(works)).await;
-                proxy.cut();
-                next.unwrap_or(Ok(()))?;
-                Ok(())
+                self.cut()?;
+                next.unwrap_or(Ok(()))
             }
             Fault::LeaderKilled => unreachable!("one node has no leader"),
         }
+    }
+
+    /// From now on nothing that the worker sends arrives, until [`Self::cut`].
+    pub fn drop_what_is_sent(&self) -> Result<()> {
+        self.proxy.as_ref().context("no way to cut")?.freeze();
+        Ok(())
+    }
+
+    /// Cuts the worker's connection; the next one works.
+    pub fn cut(&self) -> Result<()> {
+        self.proxy.as_ref().context("no way to cut")?.cut();
+        Ok(())
     }
 
     /// Does nobody get an answer?

@@ -7,3 +7,4 @@
 
 mod driver;
 mod idempotent_consumer;
+mod transactional_outbox;

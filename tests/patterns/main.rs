@@ -5,3 +5,4 @@ mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;
 mod task_queue_rabbitmq;
+mod transactional_outbox;
