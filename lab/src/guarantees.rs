@@ -181,7 +181,8 @@ impl Cell {
     }
 
     fn file(&self, root: &Path) -> PathBuf {
-        let variant = match self.variant.trim_start_matches('-') {
+        let word = self.variant.split_whitespace().last().unwrap_or_default();
+        let variant = match word.trim_start_matches('-') {
             "" => String::new(),
             variant => format!(".{variant}"),
         };

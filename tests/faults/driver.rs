@@ -86,7 +86,7 @@ impl Scene {
     /// is printed by a worker that does.
     pub async fn strike(
         &mut self,
-        worker: &mut Supervised<'_>,
+        worker: &mut Supervised,
         works: &str,
     ) -> Result<()> {
         for _message in 0..=self.random.u64(0..20) {
@@ -220,7 +220,7 @@ pub async fn publish(
 
 /// Waits until there is nothing left to do, and starts the worker again if it ends.
 pub async fn finish(
-    worker: &mut Supervised<'_>,
+    worker: &mut Supervised,
     mut left: impl AsyncFnMut() -> Result<u64>,
 ) -> Result<()> {
     wait::within(
@@ -251,6 +251,29 @@ pub fn reordered<'a>(effects: impl IntoIterator<Item = (&'a str, u64)>) -> u64 {
         *latest = number.max(*latest);
     }
     count
+}
+
+/// How many messages a RabbitMQ queue holds, those on their way to a consumer among
+/// them. The management API would be quicker, and tells what was true some seconds ago.
+pub async fn queue_length(broker: &TestBroker, queue: &str) -> Result<u64> {
+    // Those that wait for a consumer: quickly told, and mostly enough.
+    let ready = observe::rabbitmq::ready(broker.address(), queue).await?;
+    if ready > 0 {
+        return Ok(u64::from(ready));
+    }
+    let words = [
+        "list_queues",
+        "--quiet",
+        "--no-table-headers",
+        "name",
+        "messages",
+    ];
+    let queues = broker.rabbitmqctl(&words).await?;
+    let line = queues.lines().find_map(|line| {
+        let (name, count) = line.split_once('\t')?;
+        (name == queue).then_some(count)
+    });
+    Ok(line.context("no such queue")?.trim().parse()?)
 }
 
 /// Says what was counted, and writes it down or compares it with what is.

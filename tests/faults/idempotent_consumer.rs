@@ -13,7 +13,7 @@ use rusqlite::Connection;
 use tests::{Supervised, observe};
 
 use crate::driver::{
-    CHUNK, Published, Scene, TIMES, finish, publish, reordered, tell,
+    CHUNK, Published, Scene, TIMES, finish, publish, queue_length, reordered, tell,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -60,11 +60,7 @@ async fn waiting(scene: &Scene) -> Result<u64> {
                 observe::kafka::lag(address, "payments-due", 4, "ledger").await?;
             Ok(u64::try_from(lag)?)
         }
-        Broker::RabbitMq => {
-            let management = scene.broker.management()?;
-            let queue = management.queue(address, "payments.due").await?;
-            queue["messages"].as_u64().context("not counted yet")
-        }
+        Broker::RabbitMq => queue_length(&scene.broker, "payments.due").await,
         Broker::Nats => {
             let jetstream = observe::nats::jetstream(address).await?;
             let mut stream = jetstream.get_stream("PAYMENTS_DUE").await?;
@@ -84,7 +80,7 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     };
     let (variable, through) = scene.worker();
     let mut consumer =
-        Supervised::start(binary(broker), words, (variable, &through))?;
+        Supervised::start(binary(broker), words, &[(variable, &through)])?;
     consumer.prints("ready:").await?;
     scene.settle().await;
 

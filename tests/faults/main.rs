@@ -5,6 +5,7 @@
 //! written below docs/guarantees, from which `cargo lab index` makes the table. Each
 //! random choice is made from the seed that is printed; `FAULT_SEED` sets it.
 
+mod bridge;
 mod driver;
 mod idempotent_consumer;
 mod transactional_outbox;

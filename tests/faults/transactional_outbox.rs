@@ -119,7 +119,8 @@ async fn relayed(broker: Broker, fault: Fault) -> Result<()> {
     let shop = file.to_string_lossy();
     let words = ["relay", &*shop];
     let (variable, through) = scene.worker();
-    let mut relay = Supervised::start(binary(broker), &words, (variable, &through))?;
+    let mut relay =
+        Supervised::start(binary(broker), &words, &[(variable, &through)])?;
     relay.prints("ready:").await?;
     scene.settle().await;
 

@@ -1,5 +1,6 @@
 //! Tests of the patterns, by their binaries, against real brokers.
 
+mod bridge;
 mod idempotent_consumer;
 mod task_queue;
 mod task_queue_kafka;

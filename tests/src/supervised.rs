@@ -15,10 +15,8 @@ const ENDING: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(10);
 
 /// An example that is started again whenever it has ended.
-pub struct Supervised<'a> {
-    binary: &'a str,
-    words: &'a [&'a str],
-    variable: (&'a str, &'a str),
+pub struct Supervised {
+    command: Command,
     running: Example,
     /// What it printed before it was started again.
     earlier: String,
@@ -26,22 +24,47 @@ pub struct Supervised<'a> {
     errors: Vec<String>,
 }
 
-impl<'a> Supervised<'a> {
-    /// Starts it, as [`Example::start`].
+/// How it is started.
+struct Command {
+    binary: String,
+    words: Vec<String>,
+    variables: Vec<(String, String)>,
+}
+
+impl Command {
+    fn start(&self) -> Result<Example> {
+        let words: Vec<&str> = self.words.iter().map(String::as_str).collect();
+        let variables: Vec<(&str, &str)> = self
+            .variables
+            .iter()
+            .map(|(name, value)| (name.as_str(), value.as_str()))
+            .collect();
+        Example::start_with(&self.binary, &words, &variables)
+    }
+}
+
+impl Supervised {
+    /// Starts it, as [`Example::start_with`].
     ///
     /// # Errors
     ///
     /// If the binary cannot be started.
     pub fn start(
-        binary: &'a str,
-        words: &'a [&'a str],
-        variable: (&'a str, &'a str),
+        binary: &str,
+        words: &[&str],
+        variables: &[(&str, &str)],
     ) -> Result<Self> {
+        let command = Command {
+            binary: binary.to_owned(),
+            words: words.iter().map(|&word| word.to_owned()).collect(),
+            variables: variables
+                .iter()
+                .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+                .collect(),
+        };
         Ok(Self {
-            binary,
-            words,
-            variable,
-            running: Example::start(binary, words, variable)?,
+            running: command.start()?,
+            command,
             earlier: String::new(),
             errors: Vec::new(),
         })
@@ -87,7 +110,7 @@ impl<'a> Supervised<'a> {
     }
 
     async fn start_again(&mut self) -> Result<Ended> {
-        let next = Example::start(self.binary, self.words, self.variable)?;
+        let next = self.command.start()?;
         let ended = mem::replace(&mut self.running, next).end().await?;
         self.earlier.push_str(&ended.stdout);
         Ok(ended)
@@ -130,7 +153,7 @@ impl<'a> Supervised<'a> {
             }
             self.errors.push(ended.reason()?.to_owned());
             sleep(PAUSE).await;
-            self.running = Example::start(self.binary, self.words, self.variable)?;
+            self.running = self.command.start()?;
         }
     }
 

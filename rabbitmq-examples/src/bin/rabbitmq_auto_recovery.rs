@@ -69,6 +69,9 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// How long a recovery may take, which is more than all attempts do.
 const RECOVERY: Duration = Duration::from_secs(45);
 const NOT_RECOVERED: &str = "lapin has not recovered within 45 s";
+/// Nothing tells the one from the other.
+const ENDED: &str = "the stream has ended: the queue is gone, or lapin has given up its \
+                     consumer in the middle of a recovery";
 
 /// How long the broker may take to answer before it counts as not there.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -225,7 +228,7 @@ async fn consume_all() -> Result<()> {
             () = &mut not_recovered => bail!(NOT_RECOVERED),
             reading = readings.next() => reading,
         };
-        let reading = reading.context("the queue is gone")??;
+        let reading = reading.context(ENDED)??;
         println!("consumed:  {}", text(&reading));
         acknowledge(&reading).await?;
     }
@@ -289,7 +292,7 @@ async fn not_recovered(connection: &Connection) {
 async fn next(readings: &mut Consumer) -> Result<Delivery> {
     let reading = timeout(RECOVERY, readings.next()).await;
     let reading = reading.context("no reading came within 45 s")?;
-    Ok(reading.context("the queue is gone")??)
+    Ok(reading.context(ENDED)??)
 }
 
 /// In the middle of a recovery there is nothing to close, and a connection that is
