@@ -5,5 +5,6 @@
 
 pub mod bridge;
 pub mod idempotent_consumer;
+pub mod pubsub;
 pub mod task_queue;
 pub mod transactional_outbox;

@@ -8,4 +8,5 @@
 mod bridge;
 mod driver;
 mod idempotent_consumer;
+mod pubsub;
 mod transactional_outbox;

@@ -2,6 +2,7 @@
 
 mod bridge;
 mod idempotent_consumer;
+mod pubsub;
 mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;

@@ -120,6 +120,11 @@ impl Example {
         }
     }
 
+    /// Whether a line with this text is among those that somebody has waited for.
+    pub fn has_printed(&self, text: &str) -> bool {
+        self.stdout.lines().any(|line| line.contains(text))
+    }
+
     /// Passes over the lines that have come so far, as if somebody had waited for
     /// them.
     pub fn pass_over(&mut self) {

@@ -10,6 +10,9 @@ use crate::{Example, example::Ended, wait::DEADLINE};
 /// The pause before it is started again.
 const PAUSE: Duration = Duration::from_millis(200);
 
+/// What each program says that runs until it is stopped.
+const READY: &str = "ready:";
+
 /// How long a process may take to be gone after its output has ended.
 const ENDING: Duration = Duration::from_secs(5);
 const POLL: Duration = Duration::from_millis(10);
@@ -162,8 +165,12 @@ impl Supervised {
     ///
     /// # Errors
     ///
-    /// If it ends with one.
-    pub async fn stop(self) -> Result<(String, Vec<String>)> {
+    /// If it ends with one, or does not say that it is ready before.
+    pub async fn stop(mut self) -> Result<(String, Vec<String>)> {
+        // One that has just been started has no handler for the signal yet.
+        if !self.running.has_printed(READY) {
+            self.prints(READY).await?;
+        }
         self.running.interrupt().await?;
         let ended = self.running.end().await?;
         if !ended.status.success() {
