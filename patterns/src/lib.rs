@@ -6,5 +6,6 @@
 pub mod bridge;
 pub mod idempotent_consumer;
 pub mod pubsub;
+pub mod request_reply;
 pub mod task_queue;
 pub mod transactional_outbox;

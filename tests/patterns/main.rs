@@ -3,6 +3,7 @@
 mod bridge;
 mod idempotent_consumer;
 mod pubsub;
+mod request_reply;
 mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;

@@ -41,7 +41,7 @@ use std::{
 
 use anyhow::{Context as _, Error, Result, anyhow, bail};
 use async_nats::{
-    Client, ConnectErrorKind, ServerAddr,
+    Client, ConnectErrorKind, RequestErrorKind, ServerAddr,
     jetstream::{
         self,
         consumer::{AckPolicy, pull},
@@ -184,8 +184,7 @@ async fn subscribe_core(service: &str) -> Result<()> {
     tokio::pin!(stop_signal);
     let client = connect().await?;
     let mut events = client.subscribe(SUBJECT).await?;
-    // The server knows of the subscription when this returns.
-    client.flush().await?;
+    known(&client).await?;
     println!("ready:     {service} listens to {SUBJECT}, Ctrl-C to stop");
     loop {
         tokio::select! {
@@ -201,6 +200,15 @@ async fn subscribe_core(service: &str) -> Result<()> {
     Ok(())
 }
 // ANCHOR_END: core
+
+/// Returns when the server knows of what this connection has subscribed to: it reads a
+/// connection in order, and answers this at once. A flush only writes.
+async fn known(client: &Client) -> Result<()> {
+    match client.request("nobody.listens.here", "".into()).await {
+        Err(error) if error.kind() == RequestErrorKind::NoResponders => Ok(()),
+        other => bail!("NATS does not say that nobody listens: {other:?}"),
+    }
+}
 
 /// What a service does with an event: here, to say that it has heard it.
 fn show(payload: &[u8]) {

@@ -1,0 +1,178 @@
+//! Each question gets its own answer, and nobody works on one that is no longer waited
+//! for.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use lab::broker::Broker;
+use tests::{Example, broker, example::fail_with_one_line, observe};
+use tokio::sync::Mutex;
+
+const KAFKA: &str = env!("CARGO_BIN_EXE_request_reply_kafka");
+const RABBITMQ: &str = env!("CARGO_BIN_EXE_request_reply_rabbitmq");
+const NATS: &str = env!("CARGO_BIN_EXE_request_reply_nats");
+const ALL: [(Broker, &str); 3] = [
+    (Broker::Kafka, KAFKA),
+    (Broker::RabbitMq, RABBITMQ),
+    (Broker::Nats, NATS),
+];
+
+/// Queue, topics and subject belong to the pattern, so its tests take turns.
+static TURN: Mutex<()> = Mutex::const_new(());
+
+/// The address of the shared broker, without what an earlier test has left.
+async fn fresh(broker: Broker) -> Result<(&'static str, &'static str)> {
+    let address = broker::shared(broker).await?;
+    match broker {
+        Broker::Kafka => {
+            observe::kafka::forget(address, "price-requests", "price-servers")
+                .await?;
+            observe::kafka::forget(address, "price-replies", "price-callers")
+                .await?;
+        }
+        Broker::RabbitMq => {
+            observe::rabbitmq::delete_queues(address, &["price.requests"]).await?;
+        }
+        Broker::Nats => {}
+    }
+    Ok((broker.address_var(), address))
+}
+
+#[tokio::test]
+async fn the_stories_answer_each_question() -> Result<()> {
+    let _turn = TURN.lock().await;
+    for (broker, binary) in ALL {
+        let variable = fresh(broker).await?;
+        for _time in 0..2 {
+            let ended = Example::start(binary, &[], variable)?.end().await?;
+            ended.succeeded()?.printed_what_its_header_says()?;
+        }
+    }
+    Ok(())
+}
+
+/// Two clients with a hundred questions each, and two servers that share them. The
+/// clients compare each answer with its question.
+#[tokio::test]
+async fn two_servers_answer_two_clients() -> Result<()> {
+    let _turn = TURN.lock().await;
+    for (broker, binary) in ALL {
+        let variable = fresh(broker).await?;
+        let serve = || Example::start(binary, &["serve"], variable);
+        let mut servers = [serve()?, serve()?];
+        for server in &mut servers {
+            server.prints("ready:").await?;
+        }
+        let mut rounds = 0;
+        loop {
+            let ask = || Example::start(binary, &["ask", "100"], variable);
+            let clients = [ask()?, ask()?];
+            for client in clients {
+                let ended = client.end().await?.succeeded()?;
+                let expected = "answered: 100 of 100, each with its own answer\n";
+                assert_eq!(ended.stdout, expected, "{broker:?}");
+            }
+            rounds += 1;
+            for server in &mut servers {
+                server.pass_over();
+            }
+            // Kafka's second server has no partitions before the group has agreed.
+            if servers.iter().all(|server| server.has_printed("answered:")) {
+                break;
+            }
+            ensure!(rounds < 50, "{broker:?}: one of them answers nobody");
+        }
+        let mut answered = Vec::new();
+        for server in servers {
+            server.interrupt().await?;
+            let ended = server.end().await?.succeeded()?;
+            answered.push(ended.stdout.matches("answered:").count());
+        }
+        // On Kafka a partition that moves may bring a question to both.
+        let sum = answered.iter().sum::<usize>();
+        ensure!(sum >= 200 * rounds, "{broker:?} {answered:?}");
+        ensure!(
+            sum == 200 * rounds || broker == Broker::Kafka,
+            "{answered:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Only NATS says that nobody answers. The question of the others lies there, and is
+/// too late when a server comes: RabbitMQ drops it, on Kafka the server does.
+#[tokio::test]
+async fn without_a_server_nobody_waits_for_ever() -> Result<()> {
+    let _turn = TURN.lock().await;
+    for (broker, binary) in ALL {
+        let variable = fresh(broker).await?;
+        let started = Instant::now();
+        let ended = Example::start(binary, &["ask", "1"], variable)?
+            .end()
+            .await?;
+        let line = ended.one_line_error()?;
+        if broker == Broker::Nats {
+            ensure!(line == "error: nobody answers to price.requests", "{line}");
+            ensure!(started.elapsed() < Duration::from_secs(4), "that took long");
+            continue;
+        }
+        ensure!(line.starts_with("error: no answer from price"), "{line}");
+        let mut server = Example::start(binary, &["serve"], variable)?;
+        server.prints("ready:").await?;
+        if broker == Broker::Kafka {
+            server.prints("skipped:  nobody waits any more").await?;
+        }
+        server.interrupt().await?;
+        let ended = server.end().await?.succeeded()?;
+        ensure!(!ended.stdout.contains("answered:"), "{}", ended.stdout);
+        if broker == Broker::RabbitMq {
+            ensure!(!ended.stdout.contains("skipped:"), "{}", ended.stdout);
+            let ready =
+                observe::rabbitmq::ready(variable.1, "price.requests").await?;
+            assert_eq!(ready, 0);
+        }
+    }
+    Ok(())
+}
+
+/// A server that hangs is no server that is missing: NATS, too, can only wait.
+#[tokio::test]
+async fn control_a_server_that_hangs_is_a_time_out() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let variable = fresh(Broker::Nats).await?;
+    let mut server = Example::start(NATS, &["serve"], variable)?;
+    server.prints("ready:").await?;
+    server.signal("STOP").await?;
+    let ended = Example::start(NATS, &["ask", "1"], variable)?.end().await?;
+    let line = ended.one_line_error()?;
+    ensure!(
+        line.starts_with("error: no answer from price.requests"),
+        "{line}"
+    );
+    server.signal("CONT").await?;
+    // Its answer would come too late, and it knows.
+    server.prints("skipped:  nobody waits any more").await?;
+    server.interrupt().await?;
+    server.end().await?.succeeded()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
+    for (broker, binary) in ALL {
+        let nowhere = match broker {
+            Broker::Kafka => "localhost:1",
+            Broker::RabbitMq => "amqp://app:secret@localhost:1/%2f",
+            Broker::Nats => "nats://app:secret@localhost:1",
+        };
+        let variable = (broker.address_var(), nowhere);
+        for words in [&["ask"][..], &["ask", "many"], &["serve", "1"]] {
+            let ended = Example::start(binary, words, variable)?.end().await?;
+            assert_eq!(ended.status.code(), Some(2));
+            ensure!(ended.stderr.starts_with("usage: "), "{}", ended.stderr);
+        }
+        let way_out = format!("cargo lab up {}", broker.name());
+        fail_with_one_line(&[binary], variable, &["localhost:1", &way_out]).await?;
+    }
+    Ok(())
+}
