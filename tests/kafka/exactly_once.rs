@@ -3,6 +3,7 @@
 
 use std::{
     collections::BTreeMap,
+    ops::Range,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -29,19 +30,28 @@ const GROUP: &str = "eos-capture";
 
 const CUSTOMERS: usize = 10;
 const KILLS: usize = 20;
-const PAYMENTS: usize = 5000;
+/// Between two kills; more than are written before a kill.
+const PORTION: usize = 250;
+const PAYMENTS: usize = KILLS * PORTION;
 
 /// Topics and group belong to the example.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-/// Asks for the payments of a run.
-async fn request(address: &str, run: &str) -> Result<()> {
-    let producer: FutureProducer = ClientConfig::new()
+fn producer(address: &str) -> Result<FutureProducer> {
+    Ok(ClientConfig::new()
         .set("bootstrap.servers", address)
         .set("enable.idempotence", "true")
-        .create()?;
+        .create()?)
+}
+
+/// Asks for these payments of a run.
+async fn request(
+    producer: &FutureProducer,
+    run: &str,
+    numbers: Range<usize>,
+) -> Result<()> {
     let mut deliveries = Vec::new();
-    for number in 0..PAYMENTS {
+    for number in numbers {
         let customer = format!("customer-{}", number % CUSTOMERS);
         let payment = format!("{run} {customer} {number}");
         let record = FutureRecord::to(REQUESTED).key(&customer).payload(&payment);
@@ -126,15 +136,18 @@ async fn under_kills(way: &str) -> Result<BTreeMap<String, Vec<usize>>> {
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?;
     let run = now.as_millis().to_string();
     let mut random = random::seeded();
+    let producer = producer(kafka.1)?;
     let mut watch = None;
-    for _kill in 0..KILLS {
+    for kill in 0..KILLS {
         let mut worker = Example::start(EXACTLY_ONCE, &[way], kafka)?;
         worker.prints("ready:").await?;
         if watch.is_none() {
             // The worker has made the topics.
             watch = Some(Watch::start(kafka.1)?);
-            request(kafka.1, &run).await?;
         }
+        // In portions: a worker that is quick, or killed late on a busy machine, would
+        // have done all of them before the last kill.
+        request(&producer, &run, kill * PORTION..(kill + 1) * PORTION).await?;
         let written = &watch.as_ref().context("a watch")?.written;
         let enough = written.load(Ordering::Relaxed) + random.usize(1..150);
         let deadline = Instant::now() + wait::DEADLINE;
