@@ -152,7 +152,11 @@ async fn under_kills(way: &str) -> Result<BTreeMap<String, Vec<usize>>> {
         let enough = written.load(Ordering::Relaxed) + random.usize(1..150);
         let deadline = Instant::now() + wait::DEADLINE;
         while written.load(Ordering::Relaxed) < enough {
-            ensure!(Instant::now() < deadline, "the worker writes nothing");
+            ensure!(
+                Instant::now() < deadline,
+                "kill {kill}: {} are written, and not {enough}",
+                written.load(Ordering::Relaxed)
+            );
             sleep(Duration::from_millis(1)).await;
         }
         worker.kill().await?;

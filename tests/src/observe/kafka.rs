@@ -51,12 +51,13 @@ pub async fn ready(address: &str) -> Result<()> {
     Ok(())
 }
 
-/// Deletes a topic and a group, and returns when they are gone; where they are
-/// not there, they count as deleted.
+/// Deletes a topic and a group, and returns when the topic is gone; where they are not
+/// there, they count as deleted. A group with members stays, a static one's until its
+/// session is over; Kafka forgets its offsets of the topic.
 ///
 /// # Errors
 ///
-/// If they are still there after a minute.
+/// If the topic is still there after a minute.
 pub async fn forget(address: &str, topic: &str, group: &str) -> Result<()> {
     let client = admin(address)?;
     let options = AdminOptions::new().operation_timeout(Some(PATIENCE));
