@@ -1,6 +1,10 @@
 //! How a fault is done, and what the tests of all patterns count in the same way.
 
-use std::{env, time::Duration};
+use std::{
+    collections::{HashMap, HashSet},
+    env,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use fastrand::Rng;
@@ -9,6 +13,8 @@ use lab::{
     guarantees::{Cell, Fault},
     workspace,
 };
+use rdkafka::Message as _;
+use serde::de::DeserializeOwned;
 use tests::{
     Example, Proxy, Supervised, TestBroker,
     example::RECORD,
@@ -178,7 +184,7 @@ pub struct Published {
 
 /// Runs `publish FIRST LAST` until each of these messages is acknowledged: after an
 /// error it goes on with the one that it has no answer for.
-pub async fn publish(
+async fn publish(
     binary: String,
     variable: (&'static str, String),
     first: u64,
@@ -218,6 +224,30 @@ pub async fn publish(
     Ok(published)
 }
 
+/// For each fault, publishes a chunk of messages and does the fault meanwhile.
+pub async fn rounds(
+    (binary, variable): (&str, (&'static str, String)),
+    mut strike: impl AsyncFnMut() -> Result<()>,
+) -> Result<Published> {
+    let mut sum = Published::default();
+    for round in 0..TIMES {
+        let (first, last) = (round * CHUNK + 1, (round + 1) * CHUNK);
+        let publisher = publish(binary.to_owned(), variable.clone(), first, last);
+        let publishing = tokio::spawn(publisher);
+        strike().await?;
+        let published = publishing.await??;
+        sum.attempted += published.attempted;
+        sum.acknowledged += published.acknowledged;
+        println!("{}: fault {} of {TIMES}", name_of(binary), round + 1);
+    }
+    Ok(sum)
+}
+
+/// The name of an example, by the path of its binary.
+pub fn name_of(binary: &str) -> &str {
+    binary.rsplit('/').next().unwrap_or(binary)
+}
+
 /// Waits until there is nothing left to do, and starts the worker again if it ends.
 pub async fn finish(
     worker: &mut Supervised,
@@ -239,8 +269,8 @@ pub async fn finish(
 /// How many of these, in the order of their effects, came after a later one with the
 /// same key. Each as its key and its number; only its first effect counts.
 pub fn reordered<'a>(effects: impl IntoIterator<Item = (&'a str, u64)>) -> u64 {
-    let mut seen = std::collections::HashSet::new();
-    let mut latest = std::collections::HashMap::new();
+    let mut seen = HashSet::new();
+    let mut latest = HashMap::new();
     let mut count = 0;
     for (key, number) in effects {
         if !seen.insert((key, number)) {
@@ -253,9 +283,92 @@ pub fn reordered<'a>(effects: impl IntoIterator<Item = (&'a str, u64)>) -> u64 {
     count
 }
 
+/// What a pattern calls its places on each broker.
+pub struct Places {
+    pub topic: &'static str,
+    pub partitions: i32,
+    pub group: &'static str,
+    pub queue: &'static str,
+    pub stream: &'static str,
+    /// The durable consumer, of a stream that keeps what is acknowledged. None if the
+    /// stream is a work queue, which does not.
+    pub consumer: Option<&'static str>,
+}
+
+impl Places {
+    /// How many messages the broker would deliver, again or for the first time, to
+    /// somebody who asked.
+    pub async fn waiting(&self, broker: &TestBroker, name: Broker) -> Result<u64> {
+        let address = broker.address();
+        match name {
+            Broker::Kafka => {
+                let (topic, group) = (self.topic, self.group);
+                let lag =
+                    observe::kafka::lag(address, topic, self.partitions, group)
+                        .await?;
+                Ok(u64::try_from(lag)?)
+            }
+            Broker::RabbitMq => queue_length(broker, self.queue).await,
+            Broker::Nats => {
+                let jetstream = observe::nats::jetstream(address).await?;
+                let mut stream = jetstream.get_stream(self.stream).await?;
+                let Some(consumer) = self.consumer else {
+                    return Ok(stream.info().await?.state.messages);
+                };
+                let info = stream.consumer_info(consumer).await?;
+                Ok(info.num_pending + info.num_ack_pending as u64)
+            }
+        }
+    }
+
+    /// All that the broker has stored, in its order. RabbitMQ's queue is empty then.
+    pub async fn stored<T: DeserializeOwned>(
+        &self,
+        broker: &TestBroker,
+        name: Broker,
+    ) -> Result<Vec<T>> {
+        let address = broker.address();
+        let payloads: Vec<Vec<u8>> = match name {
+            Broker::Kafka => {
+                let (topic, isolation) = (self.topic, "read_committed");
+                let records = observe::kafka::read_all(
+                    address,
+                    topic,
+                    self.partitions,
+                    isolation,
+                );
+                let records = records.await?;
+                let payloads = records.iter().filter_map(|record| record.payload());
+                payloads.map(<[u8]>::to_vec).collect()
+            }
+            Broker::RabbitMq => {
+                let messages = observe::rabbitmq::drain(address, self.queue).await?;
+                messages
+                    .into_iter()
+                    .map(|message| message.delivery.data)
+                    .collect()
+            }
+            Broker::Nats => {
+                let jetstream = observe::nats::jetstream(address).await?;
+                let mut stream = jetstream.get_stream(self.stream).await?;
+                let mut payloads = Vec::new();
+                for sequence in 1..=stream.info().await?.state.last_sequence {
+                    let message = stream.get_raw_message(sequence).await?;
+                    payloads.push(message.payload.to_vec());
+                }
+                payloads
+            }
+        };
+        let messages = payloads
+            .iter()
+            .map(|payload| serde_json::from_slice(payload));
+        Ok(messages.collect::<Result<_, _>>()?)
+    }
+}
+
 /// How many messages a RabbitMQ queue holds, those on their way to a consumer among
 /// them. The management API would be quicker, and tells what was true some seconds ago.
-pub async fn queue_length(broker: &TestBroker, queue: &str) -> Result<u64> {
+async fn queue_length(broker: &TestBroker, queue: &str) -> Result<u64> {
     // Those that wait for a consumer: quickly told, and mostly enough.
     let ready = observe::rabbitmq::ready(broker.address(), queue).await?;
     if ready > 0 {
@@ -302,6 +415,19 @@ pub fn tell(cell: &Cell) -> Result<()> {
         cell.is_recorded(workspace::root())
     }
 }
+
+/// A test for each line of the table: its name, and what its function is called with.
+macro_rules! cells {
+    ($run:ident: $($name:ident($broker:ident, $($what:expr),+);)*) => {
+        $(
+            #[tokio::test(flavor = "multi_thread")]
+            async fn $name() -> Result<()> {
+                $run(Broker::$broker, $($what),+).await
+            }
+        )*
+    };
+}
+pub(crate) use cells;
 
 #[test]
 fn an_order_is_kept_or_not() {

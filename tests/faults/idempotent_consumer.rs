@@ -6,14 +6,22 @@ use std::{collections::HashSet, path::Path};
 use anyhow::{Context as _, Result};
 use lab::{
     broker::Broker,
-    guarantees::{Cell, Claim, Counts, Fault},
+    guarantees::{
+        Cell,
+        Claim::{self, Control, EffectivelyOnce},
+        Counts,
+        Fault::{
+            self, BrokerFrozen, BrokerKilled, ConnectionCut, WorkerFrozen,
+            WorkerKilled,
+        },
+    },
 };
 use patterns::idempotent_consumer::{id, payment};
 use rusqlite::Connection;
-use tests::{Supervised, observe};
+use tests::Supervised;
 
 use crate::driver::{
-    CHUNK, Published, Scene, TIMES, finish, publish, queue_length, reordered, tell,
+    CHUNK, Places, Scene, TIMES, cells, finish, reordered, rounds, tell,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -50,24 +58,14 @@ fn missing(file: &Path, last: u64) -> Result<u64> {
     Ok(missing.count() as u64)
 }
 
-/// How many payments the broker would deliver, again or for the first time, to
-/// somebody who asked.
-async fn waiting(scene: &Scene) -> Result<u64> {
-    let address = scene.broker.address();
-    match scene.name {
-        Broker::Kafka => {
-            let lag =
-                observe::kafka::lag(address, "payments-due", 4, "ledger").await?;
-            Ok(u64::try_from(lag)?)
-        }
-        Broker::RabbitMq => queue_length(&scene.broker, "payments.due").await,
-        Broker::Nats => {
-            let jetstream = observe::nats::jetstream(address).await?;
-            let mut stream = jetstream.get_stream("PAYMENTS_DUE").await?;
-            Ok(stream.info().await?.state.messages)
-        }
-    }
-}
+const PLACES: Places = Places {
+    topic: "payments-due",
+    partitions: 4,
+    group: "ledger",
+    queue: "payments.due",
+    stream: "PAYMENTS_DUE",
+    consumer: None,
+};
 
 async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     let mut scene = Scene::prepare(broker, fault).await?;
@@ -84,21 +82,12 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     consumer.prints("ready:").await?;
     scene.settle().await;
 
-    let mut sum = Published::default();
-    for round in 0..TIMES {
-        let (first, last) = (round * CHUNK + 1, (round + 1) * CHUNK);
-        let publisher =
-            publish(binary(broker).to_owned(), scene.direct(), first, last);
-        let publishing = tokio::spawn(publisher);
-        scene.strike(&mut consumer, ":").await?;
-        let published = publishing.await??;
-        sum.attempted += published.attempted;
-        sum.acknowledged += published.acknowledged;
-        println!("{broker:?} {} {}/{TIMES}", fault.name(), round + 1);
-    }
+    let publisher = (binary(broker), scene.direct());
+    let sum =
+        rounds(publisher, async || scene.strike(&mut consumer, ":").await).await?;
     let last = TIMES * CHUNK;
     finish(&mut consumer, async || {
-        Ok(missing(&file, last)? + waiting(&scene).await?)
+        Ok(missing(&file, last)? + PLACES.waiting(&scene.broker, broker).await?)
     })
     .await?;
     let (printed, _errors) = consumer.stop().await?;
@@ -147,31 +136,21 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     })
 }
 
-macro_rules! cells {
-    ($($name:ident: $broker:ident, $fault:ident, $claim:ident;)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> Result<()> {
-                under(Broker::$broker, Fault::$fault, Claim::$claim).await
-            }
-        )*
-    };
-}
-
 cells! {
-    kafka_worker_killed: Kafka, WorkerKilled, EffectivelyOnce;
-    kafka_broker_killed: Kafka, BrokerKilled, EffectivelyOnce;
-    kafka_broker_frozen: Kafka, BrokerFrozen, EffectivelyOnce;
-    kafka_control: Kafka, WorkerKilled, Control;
-    rabbitmq_worker_killed: RabbitMq, WorkerKilled, EffectivelyOnce;
-    rabbitmq_connection_cut: RabbitMq, ConnectionCut, EffectivelyOnce;
-    rabbitmq_broker_killed: RabbitMq, BrokerKilled, EffectivelyOnce;
-    rabbitmq_broker_frozen: RabbitMq, BrokerFrozen, EffectivelyOnce;
-    rabbitmq_control: RabbitMq, ConnectionCut, Control;
-    nats_worker_killed: Nats, WorkerKilled, EffectivelyOnce;
-    nats_worker_frozen: Nats, WorkerFrozen, EffectivelyOnce;
-    nats_connection_cut: Nats, ConnectionCut, EffectivelyOnce;
-    nats_broker_killed: Nats, BrokerKilled, EffectivelyOnce;
-    nats_broker_frozen: Nats, BrokerFrozen, EffectivelyOnce;
-    nats_control: Nats, ConnectionCut, Control;
+    under:
+    kafka_worker_killed(Kafka, WorkerKilled, EffectivelyOnce);
+    kafka_broker_killed(Kafka, BrokerKilled, EffectivelyOnce);
+    kafka_broker_frozen(Kafka, BrokerFrozen, EffectivelyOnce);
+    kafka_control(Kafka, WorkerKilled, Control);
+    rabbitmq_worker_killed(RabbitMq, WorkerKilled, EffectivelyOnce);
+    rabbitmq_connection_cut(RabbitMq, ConnectionCut, EffectivelyOnce);
+    rabbitmq_broker_killed(RabbitMq, BrokerKilled, EffectivelyOnce);
+    rabbitmq_broker_frozen(RabbitMq, BrokerFrozen, EffectivelyOnce);
+    rabbitmq_control(RabbitMq, ConnectionCut, Control);
+    nats_worker_killed(Nats, WorkerKilled, EffectivelyOnce);
+    nats_worker_frozen(Nats, WorkerFrozen, EffectivelyOnce);
+    nats_connection_cut(Nats, ConnectionCut, EffectivelyOnce);
+    nats_broker_killed(Nats, BrokerKilled, EffectivelyOnce);
+    nats_broker_frozen(Nats, BrokerFrozen, EffectivelyOnce);
+    nats_control(Nats, ConnectionCut, Control);
 }

@@ -6,12 +6,17 @@ use std::collections::HashSet;
 use anyhow::{Context as _, Result};
 use lab::{
     broker::Broker,
-    guarantees::{Cell, Claim, Counts, Fault},
+    guarantees::{
+        Cell,
+        Claim::{self, AtLeastOnce, Control},
+        Counts,
+        Fault::{self, BrokerKilled, WorkerKilled},
+    },
 };
-use tests::{Supervised, observe};
+use tests::Supervised;
 
 use crate::driver::{
-    CHUNK, Published, Scene, TIMES, finish, publish, queue_length, reordered, tell,
+    CHUNK, Places, Scene, TIMES, cells, finish, reordered, rounds, tell,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -22,24 +27,14 @@ fn binary(broker: Broker) -> &'static str {
     }
 }
 
-/// How many events the service has not acknowledged.
-async fn left(scene: &Scene) -> Result<u64> {
-    let address = scene.broker.address();
-    match scene.name {
-        Broker::Kafka => {
-            let (topic, group) = ("orders-events", "orders-events-mail");
-            let lag = observe::kafka::lag(address, topic, 1, group).await?;
-            Ok(u64::try_from(lag)?)
-        }
-        Broker::RabbitMq => queue_length(&scene.broker, "orders.events.mail").await,
-        Broker::Nats => {
-            let jetstream = observe::nats::jetstream(address).await?;
-            let stream = jetstream.get_stream("ORDERS_EVENTS").await?;
-            let info = stream.consumer_info("mail").await?;
-            Ok(info.num_pending + info.num_ack_pending as u64)
-        }
-    }
-}
+const PLACES: Places = Places {
+    topic: "orders-events",
+    partitions: 1,
+    group: "orders-events-mail",
+    queue: "orders.events.mail",
+    stream: "ORDERS_EVENTS",
+    consumer: Some("mail"),
+};
 
 async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     let mut scene = Scene::prepare(broker, fault).await?;
@@ -53,20 +48,14 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     mail.prints("ready:").await?;
     scene.settle().await;
 
-    let mut sum = Published::default();
-    for round in 0..TIMES {
-        let (first, last) = (round * CHUNK + 1, (round + 1) * CHUNK);
-        let publisher =
-            publish(binary(broker).to_owned(), scene.direct(), first, last);
-        let publishing = tokio::spawn(publisher);
-        scene.strike(&mut mail, "heard:").await?;
-        let published = publishing.await??;
-        sum.attempted += published.attempted;
-        sum.acknowledged += published.acknowledged;
-        println!("pubsub {broker:?} {} {}/{TIMES}", fault.name(), round + 1);
-    }
+    let publisher = (binary(broker), scene.direct());
+    let sum =
+        rounds(publisher, async || scene.strike(&mut mail, "heard:").await).await?;
     if claim != Claim::Control {
-        finish(&mut mail, async || left(&scene).await).await?;
+        finish(&mut mail, async || {
+            PLACES.waiting(&scene.broker, broker).await
+        })
+        .await?;
     }
     let (printed, _errors) = mail.stop().await?;
 
@@ -99,23 +88,13 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     })
 }
 
-macro_rules! cells {
-    ($($name:ident: $broker:ident, $fault:ident, $claim:ident;)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> Result<()> {
-                under(Broker::$broker, Fault::$fault, Claim::$claim).await
-            }
-        )*
-    };
-}
-
 cells! {
-    kafka_service_killed: Kafka, WorkerKilled, AtLeastOnce;
-    kafka_broker_killed: Kafka, BrokerKilled, AtLeastOnce;
-    rabbitmq_service_killed: RabbitMq, WorkerKilled, AtLeastOnce;
-    rabbitmq_broker_killed: RabbitMq, BrokerKilled, AtLeastOnce;
-    nats_service_killed: Nats, WorkerKilled, AtLeastOnce;
-    nats_broker_killed: Nats, BrokerKilled, AtLeastOnce;
-    nats_control: Nats, WorkerKilled, Control;
+    under:
+    kafka_service_killed(Kafka, WorkerKilled, AtLeastOnce);
+    kafka_broker_killed(Kafka, BrokerKilled, AtLeastOnce);
+    rabbitmq_service_killed(RabbitMq, WorkerKilled, AtLeastOnce);
+    rabbitmq_broker_killed(RabbitMq, BrokerKilled, AtLeastOnce);
+    nats_service_killed(Nats, WorkerKilled, AtLeastOnce);
+    nats_broker_killed(Nats, BrokerKilled, AtLeastOnce);
+    nats_control(Nats, WorkerKilled, Control);
 }

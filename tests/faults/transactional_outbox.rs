@@ -7,15 +7,19 @@ use std::{collections::HashSet, path::Path, time::Duration};
 use anyhow::{Result, ensure};
 use lab::{
     broker::Broker,
-    guarantees::{Cell, Claim, Counts, Fault},
+    guarantees::{
+        Cell, Claim, Counts,
+        Fault::{self, BrokerKilled, ConnectionCut, WorkerKilled},
+    },
 };
 use patterns::transactional_outbox::OrderPlaced;
-use rdkafka::Message as _;
 use rusqlite::Connection;
-use tests::{Example, Supervised, observe};
+use tests::{Example, Supervised};
 use tokio::time::sleep;
 
-use crate::driver::{CHUNK, Scene, TIMES, finish, reordered, tell};
+use crate::driver::{
+    CHUNK, Places, Scene, TIMES, cells, finish, name_of, reordered, tell,
+};
 
 fn binary(broker: Broker) -> &'static str {
     match broker {
@@ -36,41 +40,14 @@ fn orders(file: &Path) -> Result<HashSet<String>> {
     ids(file, "SELECT id FROM orders")
 }
 
-/// All events that the broker has stored, in their order. RabbitMQ's are gone then.
-async fn stored(scene: &Scene) -> Result<Vec<OrderPlaced>> {
-    let address = scene.broker.address();
-    let payloads: Vec<Vec<u8>> = match scene.name {
-        Broker::Kafka => {
-            let (topic, isolation) = ("orders-placed", "read_committed");
-            let records =
-                observe::kafka::read_all(address, topic, 4, isolation).await?;
-            let payloads = records.iter().filter_map(|record| record.payload());
-            payloads.map(<[u8]>::to_vec).collect()
-        }
-        Broker::RabbitMq => {
-            let messages =
-                observe::rabbitmq::drain(address, "orders.placed").await?;
-            messages
-                .into_iter()
-                .map(|message| message.delivery.data)
-                .collect()
-        }
-        Broker::Nats => {
-            let jetstream = observe::nats::jetstream(address).await?;
-            let mut stream = jetstream.get_stream("ORDERS_PLACED").await?;
-            let mut payloads = Vec::new();
-            for sequence in 1..=stream.info().await?.state.last_sequence {
-                let message = stream.get_raw_message(sequence).await?;
-                payloads.push(message.payload.to_vec());
-            }
-            payloads
-        }
-    };
-    let events = payloads
-        .iter()
-        .map(|payload| serde_json::from_slice(payload));
-    Ok(events.collect::<Result<_, _>>()?)
-}
+const PLACES: Places = Places {
+    topic: "orders-placed",
+    partitions: 4,
+    group: "none",
+    queue: "orders.placed",
+    stream: "ORDERS_PLACED",
+    consumer: None,
+};
 
 /// Counts what is in the broker and in the database.
 async fn count(
@@ -80,7 +57,7 @@ async fn count(
     attempted: u64,
 ) -> Result<()> {
     let orders = orders(file)?;
-    let stored = stored(scene).await?;
+    let stored: Vec<OrderPlaced> = PLACES.stored(&scene.broker, scene.name).await?;
     let told: HashSet<String> =
         stored.iter().map(|event| event.order.clone()).collect();
     let invented = told.difference(&orders).count();
@@ -89,6 +66,9 @@ async fn count(
         let number = event.order.strip_prefix("order-").unwrap_or_default();
         (event.customer.as_str(), number.parse().unwrap_or_default())
     });
+    let reordered = reordered(order);
+    // Also of the control: it publishes in turn as well.
+    ensure!(reordered == 0, "{reordered} events are out of order");
     tell(&Cell {
         pattern: "transactional_outbox".to_owned(),
         variant: match claim {
@@ -107,7 +87,7 @@ async fn count(
             lost: orders.difference(&told).count() as u64,
             repeated: Some((stored.len() - told.len()) as u64),
             doubled: 0,
-            reordered: reordered(order),
+            reordered,
         },
     })
 }
@@ -132,7 +112,11 @@ async fn relayed(broker: Broker, fault: Fault) -> Result<()> {
         let customers = Example::start(binary(broker), &words, ("NO_BROKER", ""))?;
         scene.strike(&mut relay, "published:").await?;
         customers.end().await?.succeeded()?;
-        println!("{broker:?} {} {}/{TIMES}", fault.name(), round + 1);
+        println!(
+            "{}: fault {} of {TIMES}",
+            name_of(binary(broker)),
+            round + 1
+        );
     }
     finish(&mut relay, async || {
         Ok(ids(&file, "SELECT id FROM outbox")?.len() as u64)
@@ -188,7 +172,11 @@ async fn dual_write(broker: Broker, fault: Fault) -> Result<()> {
         }
         // Whoever comes next has another order; nobody places that one again.
         next = orders(&file)?.len() as u64 + 1;
-        println!("{broker:?} dual-write {}/{TIMES}", round + 1);
+        println!(
+            "{}: fault {} of {TIMES}",
+            name_of(binary(broker)),
+            round + 1
+        );
     }
     let (first, last) = (next.to_string(), (TIMES * CHUNK).to_string());
     let words = ["dual-write", &first, &last, &shop];
@@ -197,27 +185,21 @@ async fn dual_write(broker: Broker, fault: Fault) -> Result<()> {
     count(&scene, &file, Claim::Control, TIMES * CHUNK).await
 }
 
-macro_rules! cells {
-    ($($name:ident: $run:ident, $broker:ident, $fault:ident;)*) => {
-        $(
-            #[tokio::test(flavor = "multi_thread")]
-            async fn $name() -> Result<()> {
-                $run(Broker::$broker, Fault::$fault).await
-            }
-        )*
-    };
+cells! {
+    relayed:
+    kafka_relay_killed(Kafka, WorkerKilled);
+    kafka_broker_killed(Kafka, BrokerKilled);
+    rabbitmq_relay_killed(RabbitMq, WorkerKilled);
+    rabbitmq_connection_cut(RabbitMq, ConnectionCut);
+    rabbitmq_broker_killed(RabbitMq, BrokerKilled);
+    nats_relay_killed(Nats, WorkerKilled);
+    nats_connection_cut(Nats, ConnectionCut);
+    nats_broker_killed(Nats, BrokerKilled);
 }
 
 cells! {
-    kafka_relay_killed: relayed, Kafka, WorkerKilled;
-    kafka_broker_killed: relayed, Kafka, BrokerKilled;
-    kafka_control: dual_write, Kafka, BrokerKilled;
-    rabbitmq_relay_killed: relayed, RabbitMq, WorkerKilled;
-    rabbitmq_connection_cut: relayed, RabbitMq, ConnectionCut;
-    rabbitmq_broker_killed: relayed, RabbitMq, BrokerKilled;
-    rabbitmq_control: dual_write, RabbitMq, ConnectionCut;
-    nats_relay_killed: relayed, Nats, WorkerKilled;
-    nats_connection_cut: relayed, Nats, ConnectionCut;
-    nats_broker_killed: relayed, Nats, BrokerKilled;
-    nats_control: dual_write, Nats, ConnectionCut;
+    dual_write:
+    kafka_control(Kafka, BrokerKilled);
+    rabbitmq_control(RabbitMq, ConnectionCut);
+    nats_control(Nats, ConnectionCut);
 }

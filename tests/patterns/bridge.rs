@@ -1,10 +1,19 @@
 //! One message over all three brokers, and not round for ever. What it looks like under
 //! faults is in tests/faults.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use lab::broker::Broker;
-use lapin::types::AMQPValue;
-use rdkafka::{Message as _, message::Headers as _};
+use lapin::{
+    BasicProperties,
+    types::{AMQPValue, FieldTable},
+};
+use rdkafka::{
+    ClientConfig, Message as _,
+    message::{Header, Headers as _, OwnedHeaders},
+    producer::{FutureProducer, FutureRecord},
+};
 use tests::{Example, broker, example::fail_with_one_line_each, observe, wait};
 use tokio::sync::Mutex;
 
@@ -108,6 +117,86 @@ async fn three_bridges_carry_an_order_and_close_no_circle() -> Result<()> {
         9,
         "what was published, and nothing came back"
     );
+    Ok(())
+}
+
+/// A key of two lines, which no header of NATS can hold, and an id that is too long for
+/// RabbitMQ: carried all the same, and the bridges go on.
+#[tokio::test]
+async fn what_does_not_map_ends_no_bridge() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let variables = fresh().await?;
+    let [(_, kafka), (_, rabbitmq), _] = variables;
+    let run = |binary| Example::start_with(binary, &["run"], &variables);
+    let mut first = run(KAFKA)?;
+    first.prints("ready:").await?;
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", kafka)
+        .create()?;
+    let long = "x".repeat(300);
+    let headers = OwnedHeaders::new().insert(Header {
+        key: "order-id",
+        value: Some(&long),
+    });
+    let record = FutureRecord::to("partner-orders")
+        .key("partner\n7")
+        .headers(headers)
+        .payload("{}");
+    let sent = producer.send(record, Duration::from_secs(10)).await;
+    sent.map_err(|(error, _record)| error)?;
+    first.prints("carried:   xxx").await?;
+    let mut second = run(NATS)?;
+    second.prints("carried:   xxx").await?;
+    let (connection, channel) = observe::rabbitmq::connect(rabbitmq).await?;
+    let order = channel
+        .basic_get("partner.orders".into(), Default::default())
+        .await?
+        .context("an order")?;
+    connection.close(200, "".into()).await?;
+    assert_eq!(order.delivery.data, b"{}");
+    let properties = &order.delivery.properties;
+    let id = properties.message_id().as_ref().context("an id")?;
+    assert_eq!(id.as_str(), "PARTNER_ORDERS-1");
+    let headers = properties.headers().as_ref().context("headers")?.inner();
+    let key = AMQPValue::LongString("partner\\n7".into());
+    assert_eq!(headers.get("key"), Some(&key));
+    for bridge in [first, second] {
+        bridge.interrupt().await?;
+        bridge.end().await?.succeeded()?;
+    }
+    Ok(())
+}
+
+/// A hop count that another client has written as a number, or as nothing that is one.
+#[tokio::test]
+async fn hops_of_any_type_are_counted() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let variables = fresh().await?;
+    let rabbitmq = variables[1].1;
+    let mut bridge = Example::start_with(RABBITMQ, &["run"], &variables)?;
+    bridge.prints("ready:").await?;
+    let (connection, channel) = observe::rabbitmq::connect(rabbitmq).await?;
+    for (id, hops) in [
+        ("one", AMQPValue::LongLongInt(1)),
+        ("two", AMQPValue::ShortShortUInt(2)),
+        ("odd", AMQPValue::Boolean(true)),
+    ] {
+        let mut headers = FieldTable::default();
+        headers.insert("hops".into(), hops);
+        let properties = BasicProperties::default()
+            .with_message_id(id.into())
+            .with_headers(headers);
+        let (exchange, queue) = ("".into(), "partner.orders".into());
+        channel
+            .basic_publish(exchange, queue, Default::default(), b"{}", properties)
+            .await?;
+    }
+    bridge.prints("carried:   one").await?;
+    bridge.prints("stopped:   two").await?;
+    bridge.prints("stopped:   odd").await?;
+    connection.close(200, "".into()).await?;
+    bridge.interrupt().await?;
+    bridge.end().await?.succeeded()?;
     Ok(())
 }
 

@@ -5,49 +5,27 @@ use std::path::Path;
 use anyhow::{Result, ensure};
 use lab::broker::Broker;
 use rusqlite::Connection;
-use tests::{Example, broker, example::fail_with_one_line, observe, wait};
+use tests::{Example, observe, wait};
 use tokio::sync::Mutex;
 
-const KAFKA: &str = env!("CARGO_BIN_EXE_idempotent_consumer_kafka");
-const RABBITMQ: &str = env!("CARGO_BIN_EXE_idempotent_consumer_rabbitmq");
-const NATS: &str = env!("CARGO_BIN_EXE_idempotent_consumer_nats");
+use crate::common::Pattern;
+
+const PATTERN: Pattern = Pattern {
+    kafka: env!("CARGO_BIN_EXE_idempotent_consumer_kafka"),
+    rabbitmq: env!("CARGO_BIN_EXE_idempotent_consumer_rabbitmq"),
+    nats: env!("CARGO_BIN_EXE_idempotent_consumer_nats"),
+    topics: &[("payments-due", "ledger")],
+    queues: &["payments.due"],
+    streams: &["PAYMENTS_DUE"],
+};
 
 /// Queue, topic and stream belong to the pattern, so its tests take turns.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-/// The program, with the variable that it reads and the shared broker's address.
-async fn on(broker: Broker) -> Result<(&'static str, (&'static str, &'static str))> {
-    let binary = match broker {
-        Broker::Kafka => KAFKA,
-        Broker::RabbitMq => RABBITMQ,
-        Broker::Nats => NATS,
-    };
-    let address = broker::shared(broker).await?;
-    match broker {
-        Broker::Kafka => {
-            observe::kafka::forget(address, "payments-due", "ledger").await?;
-        }
-        Broker::RabbitMq => {
-            observe::rabbitmq::delete_queues(address, &["payments.due"]).await?;
-        }
-        Broker::Nats => {
-            observe::nats::forget_stream(address, "PAYMENTS_DUE").await?;
-        }
-    }
-    Ok((binary, (broker.address_var(), address)))
-}
-
 #[tokio::test]
 async fn the_stories_charge_each_payment_once() -> Result<()> {
     let _turn = TURN.lock().await;
-    for broker in Broker::ALL {
-        let (binary, variable) = on(broker).await?;
-        for _time in 0..2 {
-            let ended = Example::start(binary, &[], variable)?.end().await?;
-            ended.succeeded()?.printed_what_its_header_says()?;
-        }
-    }
-    Ok(())
+    PATTERN.stories().await
 }
 
 fn count(file: &Path, table: &str) -> Result<i64> {
@@ -61,8 +39,8 @@ fn count(file: &Path, table: &str) -> Result<i64> {
 #[tokio::test]
 async fn published_twice_is_charged_once_and_noise_is_kept() -> Result<()> {
     let _turn = TURN.lock().await;
-    for broker in Broker::ALL {
-        let (binary, variable) = on(broker).await?;
+    for (broker, binary) in PATTERN.binaries() {
+        let variable = PATTERN.fresh(broker).await?;
         for _time in 0..2 {
             let publisher =
                 Example::start(binary, &["publish", "1", "9"], variable)?;
@@ -126,8 +104,8 @@ async fn noise(broker: Broker, address: &str) -> Result<()> {
 #[tokio::test]
 async fn without_its_database_nothing_is_acknowledged() -> Result<()> {
     let _turn = TURN.lock().await;
-    for broker in Broker::ALL {
-        let (binary, variable) = on(broker).await?;
+    for (broker, binary) in PATTERN.binaries() {
+        let variable = PATTERN.fresh(broker).await?;
         let publisher = Example::start(binary, &["publish", "1", "3"], variable)?;
         publisher.end().await?.succeeded()?;
         let folder = tempfile::tempdir()?;
@@ -168,28 +146,7 @@ async fn without_its_database_nothing_is_acknowledged() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    for (broker, binary) in [
-        (Broker::Kafka, KAFKA),
-        (Broker::RabbitMq, RABBITMQ),
-        (Broker::Nats, NATS),
-    ] {
-        let nowhere = match broker {
-            Broker::Kafka => "localhost:1",
-            Broker::RabbitMq => "amqp://app:secret@localhost:1/%2f",
-            Broker::Nats => "nats://app:secret@localhost:1",
-        };
-        let variable = (broker.address_var(), nowhere);
-        for words in [
-            &["publish", "1"][..],
-            &["publish", "1", "many"],
-            &["consume"],
-        ] {
-            let ended = Example::start(binary, words, variable)?.end().await?;
-            assert_eq!(ended.status.code(), Some(2));
-            ensure!(ended.stderr.starts_with("usage: "), "{}", ended.stderr);
-        }
-        let way_out = format!("cargo lab up {}", broker.name());
-        fail_with_one_line(&[binary], variable, &["localhost:1", &way_out]).await?;
-    }
-    Ok(())
+    let wrong: [&[&str]; 3] =
+        [&["publish", "1"], &["publish", "1", "many"], &["consume"]];
+    PATTERN.says_what_is_wrong(&wrong).await
 }

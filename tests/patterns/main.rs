@@ -1,6 +1,7 @@
 //! Tests of the patterns, by their binaries, against real brokers.
 
 mod bridge;
+mod common;
 mod idempotent_consumer;
 mod pubsub;
 mod request_reply;

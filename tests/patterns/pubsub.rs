@@ -3,55 +3,36 @@
 
 use anyhow::{Result, ensure};
 use lab::broker::Broker;
-use tests::{Example, broker, example::fail_with_one_line, observe};
+use tests::Example;
 use tokio::sync::Mutex;
 
-const KAFKA: &str = env!("CARGO_BIN_EXE_pubsub_kafka");
-const RABBITMQ: &str = env!("CARGO_BIN_EXE_pubsub_rabbitmq");
-const NATS: &str = env!("CARGO_BIN_EXE_pubsub_nats");
-const ALL: [(Broker, &str); 3] = [
-    (Broker::Kafka, KAFKA),
-    (Broker::RabbitMq, RABBITMQ),
-    (Broker::Nats, NATS),
-];
+use crate::common::Pattern;
+
+const PATTERN: Pattern = Pattern {
+    kafka: env!("CARGO_BIN_EXE_pubsub_kafka"),
+    rabbitmq: env!("CARGO_BIN_EXE_pubsub_rabbitmq"),
+    nats: env!("CARGO_BIN_EXE_pubsub_nats"),
+    topics: &[
+        ("orders-events", "orders-events-billing"),
+        ("orders-events", "orders-events-stock"),
+        ("orders-events", "orders-events-mail"),
+        ("orders-events", "orders-events-analytics"),
+    ],
+    queues: &[
+        "orders.events.billing",
+        "orders.events.stock",
+        "orders.events.mail",
+    ],
+    streams: &["ORDERS_EVENTS"],
+};
 
 /// Exchange, topic and stream belong to the pattern, so its tests take turns.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-/// The address of the shared broker, without what an earlier test has left.
-async fn fresh(broker: Broker) -> Result<(&'static str, &'static str)> {
-    let address = broker::shared(broker).await?;
-    match broker {
-        Broker::Kafka => {
-            for service in ["billing", "stock", "mail", "analytics"] {
-                let group = format!("orders-events-{service}");
-                observe::kafka::forget(address, "orders-events", &group).await?;
-            }
-        }
-        Broker::RabbitMq => {
-            let queues = ["billing", "stock", "mail"]
-                .map(|service| format!("orders.events.{service}"));
-            let queues: Vec<&str> = queues.iter().map(String::as_str).collect();
-            observe::rabbitmq::delete_queues(address, &queues).await?;
-        }
-        Broker::Nats => {
-            observe::nats::forget_stream(address, "ORDERS_EVENTS").await?;
-        }
-    }
-    Ok((broker.address_var(), address))
-}
-
 #[tokio::test]
 async fn the_stories_tell_each_service() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
-        for _time in 0..2 {
-            let ended = Example::start(binary, &[], variable)?.end().await?;
-            ended.succeeded()?.printed_what_its_header_says()?;
-        }
-    }
-    Ok(())
+    PATTERN.stories().await
 }
 
 /// What a service has heard so far, after it has heard of this order.
@@ -89,8 +70,8 @@ async fn publishes(
 #[tokio::test]
 async fn a_service_that_was_down_goes_on_where_it_was() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
+    for (broker, binary) in PATTERN.binaries() {
+        let variable = PATTERN.fresh(broker).await?;
         let mail = ["subscribe", "mail"];
         let mut first = Example::start(binary, &mail, variable)?;
         first.prints("ready:").await?;
@@ -110,8 +91,8 @@ async fn a_service_that_was_down_goes_on_where_it_was() -> Result<()> {
 #[tokio::test]
 async fn a_service_that_is_new_hears_what_is_kept() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
+    for (broker, binary) in PATTERN.binaries() {
+        let variable = PATTERN.fresh(broker).await?;
         publishes(binary, variable, "1", "3").await?;
         let mut stock = Example::start(binary, &["subscribe", "stock"], variable)?;
         stock.prints("ready:").await?;
@@ -129,12 +110,12 @@ async fn a_service_that_is_new_hears_what_is_kept() -> Result<()> {
 #[tokio::test]
 async fn control_core_nats_tells_those_who_listen() -> Result<()> {
     let _turn = TURN.lock().await;
-    let variable = fresh(Broker::Nats).await?;
-    publishes(NATS, variable, "1", "3").await?;
+    let variable = PATTERN.fresh(Broker::Nats).await?;
+    publishes(PATTERN.nats, variable, "1", "3").await?;
     let words = ["subscribe", "mail", "--core"];
-    let mut mail = Example::start(NATS, &words, variable)?;
+    let mut mail = Example::start(PATTERN.nats, &words, variable)?;
     mail.prints("ready:").await?;
-    publishes(NATS, variable, "4", "4").await?;
+    publishes(PATTERN.nats, variable, "4", "4").await?;
     mail.prints("order-4").await?;
     mail.interrupt().await?;
     let ended = mail.end().await?.succeeded()?;
@@ -149,24 +130,7 @@ async fn control_core_nats_tells_those_who_listen() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    for (broker, binary) in ALL {
-        let nowhere = match broker {
-            Broker::Kafka => "localhost:1",
-            Broker::RabbitMq => "amqp://app:secret@localhost:1/%2f",
-            Broker::Nats => "nats://app:secret@localhost:1",
-        };
-        let variable = (broker.address_var(), nowhere);
-        for words in [
-            &["subscribe"][..],
-            &["subscribe", "nobody"],
-            &["publish", "1"],
-        ] {
-            let ended = Example::start(binary, words, variable)?.end().await?;
-            assert_eq!(ended.status.code(), Some(2));
-            ensure!(ended.stderr.starts_with("usage: "), "{}", ended.stderr);
-        }
-        let way_out = format!("cargo lab up {}", broker.name());
-        fail_with_one_line(&[binary], variable, &["localhost:1", &way_out]).await?;
-    }
-    Ok(())
+    let wrong: [&[&str]; 3] =
+        [&["subscribe"], &["subscribe", "nobody"], &["publish", "1"]];
+    PATTERN.says_what_is_wrong(&wrong).await
 }

@@ -5,50 +5,30 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use lab::broker::Broker;
-use tests::{Example, broker, example::fail_with_one_line, observe};
+use tests::{Example, observe};
 use tokio::sync::Mutex;
 
-const KAFKA: &str = env!("CARGO_BIN_EXE_request_reply_kafka");
-const RABBITMQ: &str = env!("CARGO_BIN_EXE_request_reply_rabbitmq");
-const NATS: &str = env!("CARGO_BIN_EXE_request_reply_nats");
-const ALL: [(Broker, &str); 3] = [
-    (Broker::Kafka, KAFKA),
-    (Broker::RabbitMq, RABBITMQ),
-    (Broker::Nats, NATS),
-];
+use crate::common::Pattern;
+
+const PATTERN: Pattern = Pattern {
+    kafka: env!("CARGO_BIN_EXE_request_reply_kafka"),
+    rabbitmq: env!("CARGO_BIN_EXE_request_reply_rabbitmq"),
+    nats: env!("CARGO_BIN_EXE_request_reply_nats"),
+    topics: &[
+        ("price-requests", "price-servers"),
+        ("price-replies", "price-callers"),
+    ],
+    queues: &["price.requests"],
+    streams: &[],
+};
 
 /// Queue, topics and subject belong to the pattern, so its tests take turns.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-/// The address of the shared broker, without what an earlier test has left.
-async fn fresh(broker: Broker) -> Result<(&'static str, &'static str)> {
-    let address = broker::shared(broker).await?;
-    match broker {
-        Broker::Kafka => {
-            observe::kafka::forget(address, "price-requests", "price-servers")
-                .await?;
-            observe::kafka::forget(address, "price-replies", "price-callers")
-                .await?;
-        }
-        Broker::RabbitMq => {
-            observe::rabbitmq::delete_queues(address, &["price.requests"]).await?;
-        }
-        Broker::Nats => {}
-    }
-    Ok((broker.address_var(), address))
-}
-
 #[tokio::test]
 async fn the_stories_answer_each_question() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
-        for _time in 0..2 {
-            let ended = Example::start(binary, &[], variable)?.end().await?;
-            ended.succeeded()?.printed_what_its_header_says()?;
-        }
-    }
-    Ok(())
+    PATTERN.stories().await
 }
 
 /// Two clients with a hundred questions each, and two servers that share them. The
@@ -56,8 +36,8 @@ async fn the_stories_answer_each_question() -> Result<()> {
 #[tokio::test]
 async fn two_servers_answer_two_clients() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
+    for (broker, binary) in PATTERN.binaries() {
+        let variable = PATTERN.fresh(broker).await?;
         let serve = || Example::start(binary, &["serve"], variable);
         let mut servers = [serve()?, serve()?];
         for server in &mut servers {
@@ -104,8 +84,8 @@ async fn two_servers_answer_two_clients() -> Result<()> {
 #[tokio::test]
 async fn without_a_server_nobody_waits_for_ever() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
+    for (broker, binary) in PATTERN.binaries() {
+        let variable = PATTERN.fresh(broker).await?;
         let started = Instant::now();
         let ended = Example::start(binary, &["ask", "1"], variable)?
             .end()
@@ -135,15 +115,17 @@ async fn without_a_server_nobody_waits_for_ever() -> Result<()> {
     Ok(())
 }
 
-/// A server that hangs is no server that is missing: NATS, too, can only wait.
+/// A server that hangs is no server that is missing: PATTERN.nats, too, can only wait.
 #[tokio::test]
 async fn control_a_server_that_hangs_is_a_time_out() -> Result<()> {
     let _turn = TURN.lock().await;
-    let variable = fresh(Broker::Nats).await?;
-    let mut server = Example::start(NATS, &["serve"], variable)?;
+    let variable = PATTERN.fresh(Broker::Nats).await?;
+    let mut server = Example::start(PATTERN.nats, &["serve"], variable)?;
     server.prints("ready:").await?;
     server.signal("STOP").await?;
-    let ended = Example::start(NATS, &["ask", "1"], variable)?.end().await?;
+    let ended = Example::start(PATTERN.nats, &["ask", "1"], variable)?
+        .end()
+        .await?;
     let line = ended.one_line_error()?;
     ensure!(
         line.starts_with("error: no answer from price.requests"),
@@ -159,20 +141,6 @@ async fn control_a_server_that_hangs_is_a_time_out() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    for (broker, binary) in ALL {
-        let nowhere = match broker {
-            Broker::Kafka => "localhost:1",
-            Broker::RabbitMq => "amqp://app:secret@localhost:1/%2f",
-            Broker::Nats => "nats://app:secret@localhost:1",
-        };
-        let variable = (broker.address_var(), nowhere);
-        for words in [&["ask"][..], &["ask", "many"], &["serve", "1"]] {
-            let ended = Example::start(binary, words, variable)?.end().await?;
-            assert_eq!(ended.status.code(), Some(2));
-            ensure!(ended.stderr.starts_with("usage: "), "{}", ended.stderr);
-        }
-        let way_out = format!("cargo lab up {}", broker.name());
-        fail_with_one_line(&[binary], variable, &["localhost:1", &way_out]).await?;
-    }
-    Ok(())
+    let wrong: [&[&str]; 3] = [&["ask"], &["ask", "many"], &["serve", "1"]];
+    PATTERN.says_what_is_wrong(&wrong).await
 }

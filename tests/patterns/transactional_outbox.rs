@@ -4,51 +4,28 @@
 use std::path::Path;
 
 use anyhow::{Result, ensure};
-use lab::broker::Broker;
 use rusqlite::Connection;
-use tests::{Example, broker, example::fail_with_one_line, observe, wait};
+use tests::{Example, wait};
 use tokio::sync::Mutex;
 
-const KAFKA: &str = env!("CARGO_BIN_EXE_transactional_outbox_kafka");
-const RABBITMQ: &str = env!("CARGO_BIN_EXE_transactional_outbox_rabbitmq");
-const NATS: &str = env!("CARGO_BIN_EXE_transactional_outbox_nats");
-const ALL: [(Broker, &str); 3] = [
-    (Broker::Kafka, KAFKA),
-    (Broker::RabbitMq, RABBITMQ),
-    (Broker::Nats, NATS),
-];
+use crate::common::{Pattern, nowhere};
+
+const PATTERN: Pattern = Pattern {
+    kafka: env!("CARGO_BIN_EXE_transactional_outbox_kafka"),
+    rabbitmq: env!("CARGO_BIN_EXE_transactional_outbox_rabbitmq"),
+    nats: env!("CARGO_BIN_EXE_transactional_outbox_nats"),
+    topics: &[("orders-placed", "none")],
+    queues: &["orders.placed"],
+    streams: &["ORDERS_PLACED"],
+};
 
 /// Queue, topic and stream belong to the pattern, so its tests take turns.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-/// The address of the shared broker, without what an earlier test has left.
-async fn fresh(broker: Broker) -> Result<(&'static str, &'static str)> {
-    let address = broker::shared(broker).await?;
-    match broker {
-        Broker::Kafka => {
-            observe::kafka::forget(address, "orders-placed", "none").await?;
-        }
-        Broker::RabbitMq => {
-            observe::rabbitmq::delete_queues(address, &["orders.placed"]).await?;
-        }
-        Broker::Nats => {
-            observe::nats::forget_stream(address, "ORDERS_PLACED").await?;
-        }
-    }
-    Ok((broker.address_var(), address))
-}
-
 #[tokio::test]
 async fn the_stories_publish_what_was_placed() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
-        for _time in 0..2 {
-            let ended = Example::start(binary, &[], variable)?.end().await?;
-            ended.succeeded()?.printed_what_its_header_says()?;
-        }
-    }
-    Ok(())
+    PATTERN.stories().await
 }
 
 fn left(file: &Path) -> Result<i64> {
@@ -61,8 +38,8 @@ fn left(file: &Path) -> Result<i64> {
 #[tokio::test]
 async fn without_a_broker_orders_are_placed_and_events_wait() -> Result<()> {
     let _turn = TURN.lock().await;
-    for (broker, binary) in ALL {
-        let variable = fresh(broker).await?;
+    for (broker, binary) in PATTERN.binaries() {
+        let variable = PATTERN.fresh(broker).await?;
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("shop.db");
         let shop = file.to_string_lossy();
@@ -99,29 +76,15 @@ async fn without_a_broker_orders_are_placed_and_events_wait() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    for (broker, binary) in ALL {
-        let nowhere = match broker {
-            Broker::Kafka => "localhost:1",
-            Broker::RabbitMq => "amqp://app:secret@localhost:1/%2f",
-            Broker::Nats => "nats://app:secret@localhost:1",
-        };
-        let variable = (broker.address_var(), nowhere);
-        for words in [
-            &["place", "1", "9"][..],
-            &["place", "1", "many", "x"],
-            &["x"],
-        ] {
-            let ended = Example::start(binary, words, variable)?.end().await?;
-            assert_eq!(ended.status.code(), Some(2));
-            ensure!(ended.stderr.starts_with("usage: "), "{}", ended.stderr);
-        }
-        let way_out = format!("cargo lab up {}", broker.name());
-        fail_with_one_line(&[binary], variable, &["localhost:1", &way_out]).await?;
-
+    let wrong: [&[&str]; 3] =
+        [&["place", "1", "9"], &["place", "1", "many", "x"], &["x"]];
+    PATTERN.says_what_is_wrong(&wrong).await?;
+    for (broker, binary) in PATTERN.binaries() {
         let folder = tempfile::tempdir()?;
         let file = folder.path().join("shop.db");
         std::fs::write(&file, "this is no database, but a text about one")?;
         let words = ["place", "1", "9", &file.to_string_lossy()];
+        let variable = (broker.address_var(), nowhere(broker));
         let ended = Example::start(binary, &words, variable)?.end().await?;
         let line = ended.one_line_error()?;
         ensure!(

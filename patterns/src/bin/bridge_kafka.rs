@@ -31,6 +31,7 @@
 //! nats_jetstream_throughput for a window.
 
 use std::{
+    borrow::Cow,
     env,
     future::Future,
     process::ExitCode,
@@ -226,16 +227,17 @@ async fn carry(
 ) -> Result<String> {
     let place = format!("{}-{}", record.partition(), record.offset());
     // Whoever gave it no id gets one that is the same each time.
-    let id = header(record, ID).unwrap_or(&place);
-    let Verdict::Forward(hops) = verdict(header(record, HOPS)) else {
+    let id = header(record, ID).filter(|id| !id.is_empty());
+    let id = id.as_deref().unwrap_or(&place);
+    let Verdict::Forward(hops) = verdict(header(record, HOPS).as_deref()) else {
         return Ok(format!("stopped:   {id}, it has been around"));
     };
     let mut headers = HeaderMap::new();
-    headers.insert(header::NATS_MESSAGE_ID, id);
+    headers.insert(header::NATS_MESSAGE_ID, one_line(id));
     headers.insert(HOPS, hops.to_string());
     if let Some(key) = record.key() {
         // Bytes in Kafka, text in NATS.
-        headers.insert(KEY, &*String::from_utf8_lossy(key));
+        headers.insert(KEY, one_line(&String::from_utf8_lossy(key)));
     }
     let payload = record.payload().unwrap_or_default().to_vec();
     // Two awaits: the first hands the message to the connection, the second waits for
@@ -252,12 +254,19 @@ async fn carry(
     };
     Ok(format!("carried:   {id}{had_it}"))
 }
+
+/// A header of NATS is one line, and async-nats panics on more: a single record would
+/// end the bridge, and again each time it is started.
+fn one_line(text: &str) -> String {
+    text.replace('\r', "\\r").replace('\n', "\\n")
+}
 // ANCHOR_END: run
 
-fn header<'a>(record: &'a BorrowedMessage<'_>, name: &str) -> Option<&'a str> {
+/// A header as text; bytes that are none are shown as such, and not passed over.
+fn header<'a>(record: &'a BorrowedMessage<'_>, name: &str) -> Option<Cow<'a, str>> {
     let headers = record.headers().into_iter().flat_map(|all| all.iter());
     let value = headers.filter(|header| header.key == name).last()?.value?;
-    str::from_utf8(value).ok().filter(|text| !text.is_empty())
+    Some(String::from_utf8_lossy(value))
 }
 
 fn take_orders(brokers: &str, group: &str) -> Result<StreamConsumer> {

@@ -57,7 +57,7 @@ use lapin::{
         BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions,
         QueueDeclareOptions, QueuePurgeOptions,
     },
-    types::{AMQPValue, FieldTable},
+    types::{AMQPValue, FieldTable, ShortString},
     uri::AMQPUri,
 };
 use patterns::bridge::{HOPS, Verdict, id, order, verdict};
@@ -195,7 +195,8 @@ async fn carry(channel: &Channel, delivery: &jetstream::Message) -> Result<Strin
     let place = delivery.info().map_err(Error::from_boxed)?.stream_sequence;
     // Whoever gave it no id gets one that is the same each time.
     let place = format!("{STREAM}-{place}");
-    let id = header(delivery, header::NATS_MESSAGE_ID.as_ref()).unwrap_or(&place);
+    let id = header(delivery, header::NATS_MESSAGE_ID.as_ref());
+    let id = id.filter(|id| !id.is_empty()).unwrap_or(&place);
     let Verdict::Forward(hops) = verdict(header(delivery, HOPS)) else {
         return Ok(format!("stopped:   {id}, it has been around"));
     };
@@ -205,8 +206,11 @@ async fn carry(channel: &Channel, delivery: &jetstream::Message) -> Result<Strin
     if let Some(key) = header(delivery, KEY) {
         headers.insert(KEY.into(), AMQPValue::LongString(key.into()));
     }
+    // An id of RabbitMQ has 255 bytes at most. One that is longer gives way to the place.
+    let message_id =
+        ShortString::try_new(id).or_else(|_| ShortString::try_new(&place));
     let properties = BasicProperties::default()
-        .with_message_id(id.into())
+        .with_message_id(message_id?)
         .with_headers(headers);
     publish_confirmed(channel, &delivery.payload, properties)
         .await
@@ -217,7 +221,7 @@ async fn carry(channel: &Channel, delivery: &jetstream::Message) -> Result<Strin
 
 fn header<'a>(delivery: &'a jetstream::Message, name: &str) -> Option<&'a str> {
     let value = delivery.headers.as_ref()?.get(name)?;
-    Some(value.as_str()).filter(|text| !text.is_empty())
+    Some(value.as_str())
 }
 
 // ANCHOR: take

@@ -1,0 +1,90 @@
+//! What the tests of the patterns share: a clean place on each broker, the story, and
+//! what each program says of wrong words and of a broker that is not there.
+
+use anyhow::{Result, ensure};
+use lab::broker::Broker;
+use tests::{Example, broker, example::fail_with_one_line, observe};
+
+/// A pattern with a binary for each broker, and the places that belong to it.
+pub struct Pattern {
+    pub kafka: &'static str,
+    pub rabbitmq: &'static str,
+    pub nats: &'static str,
+    /// Each topic with a group that reads it.
+    pub topics: &'static [(&'static str, &'static str)],
+    pub queues: &'static [&'static str],
+    pub streams: &'static [&'static str],
+}
+
+impl Pattern {
+    pub fn binaries(&self) -> [(Broker, &'static str); 3] {
+        [
+            (Broker::Kafka, self.kafka),
+            (Broker::RabbitMq, self.rabbitmq),
+            (Broker::Nats, self.nats),
+        ]
+    }
+
+    /// The variable and the address of the shared broker, without what an earlier test
+    /// has left there.
+    pub async fn fresh(
+        &self,
+        broker: Broker,
+    ) -> Result<(&'static str, &'static str)> {
+        let address = broker::shared(broker).await?;
+        match broker {
+            Broker::Kafka => {
+                for (topic, group) in self.topics {
+                    observe::kafka::forget(address, topic, group).await?;
+                }
+            }
+            Broker::RabbitMq => {
+                observe::rabbitmq::delete_queues(address, self.queues).await?;
+            }
+            Broker::Nats => {
+                for stream in self.streams {
+                    observe::nats::forget_stream(address, stream).await?;
+                }
+            }
+        }
+        Ok((broker.address_var(), address))
+    }
+
+    /// Each story prints what its header says, twice in a row.
+    pub async fn stories(&self) -> Result<()> {
+        for (broker, binary) in self.binaries() {
+            let variable = self.fresh(broker).await?;
+            for _time in 0..2 {
+                let ended = Example::start(binary, &[], variable)?.end().await?;
+                ended.succeeded()?.printed_what_its_header_says()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Wrong words get the usage, before anybody looks for a broker; without a broker
+    /// there is one line that says how to start one.
+    pub async fn says_what_is_wrong(&self, wrong: &[&[&str]]) -> Result<()> {
+        for (broker, binary) in self.binaries() {
+            let variable = (broker.address_var(), nowhere(broker));
+            for words in wrong {
+                let ended = Example::start(binary, words, variable)?.end().await?;
+                assert_eq!(ended.status.code(), Some(2), "{words:?}");
+                ensure!(ended.stderr.starts_with("usage: "), "{}", ended.stderr);
+            }
+            let way_out = format!("cargo lab up {}", broker.name());
+            let parts = ["localhost:1", way_out.as_str()];
+            fail_with_one_line(&[binary], variable, &parts).await?;
+        }
+        Ok(())
+    }
+}
+
+/// An address with a password, where nobody listens.
+pub fn nowhere(broker: Broker) -> &'static str {
+    match broker {
+        Broker::Kafka => "localhost:1",
+        Broker::RabbitMq => "amqp://app:secret@localhost:1/%2f",
+        Broker::Nats => "nats://app:secret@localhost:1",
+    }
+}
