@@ -31,7 +31,8 @@ pub enum Heard {
     Noise,
 }
 
-/// Reads an event. Fields that it does not know are no harm: the publisher may be newer.
+/// Reads an event. Fields that it does not know are no harm: the publisher may be
+/// newer.
 #[must_use]
 pub fn heard(payload: &[u8]) -> Heard {
     match serde_json::from_slice::<OrderPlaced>(payload) {

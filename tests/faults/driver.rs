@@ -127,7 +127,6 @@ impl Scene {
                 self.cut()?;
                 next.unwrap_or(Ok(()))
             }
-            Fault::LeaderKilled => unreachable!("one node has no leader"),
         }
     }
 

@@ -5,6 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use lab::broker::Broker;
+use rdkafka::{
+    ClientConfig,
+    message::{Header, OwnedHeaders},
+    producer::{FutureProducer, FutureRecord},
+};
 use tests::{Example, observe};
 use tokio::sync::Mutex;
 
@@ -134,6 +139,41 @@ async fn control_a_server_that_hangs_is_a_time_out() -> Result<()> {
     server.signal("CONT").await?;
     // Its answer would come too late, and it knows.
     server.prints("skipped:  nobody waits any more").await?;
+    server.interrupt().await?;
+    server.end().await?.succeeded()?;
+    Ok(())
+}
+
+/// Whatever stands in the header of a question, the server goes on.
+#[tokio::test]
+async fn a_question_without_a_way_back_ends_no_server() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let variable = PATTERN.fresh(Broker::Kafka).await?;
+    let mut server = Example::start(PATTERN.kafka, &["serve"], variable)?;
+    server.prints("ready:").await?;
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", variable.1)
+        .create()?;
+    for (partition, said) in [
+        ("", "skipped:  nobody wants an answer"),
+        ("-1", "skipped:  nobody wants an answer"),
+        ("99", "skipped:  there is no such partition"),
+        ("0", "answered: a question"),
+    ] {
+        let header = |key, value| Header {
+            key,
+            value: Some(value),
+        };
+        let headers = OwnedHeaders::new()
+            .insert(header("reply-partition", partition))
+            .insert(header("correlation-id", "one"));
+        let record: FutureRecord<'_, (), _> = FutureRecord::to("price-requests")
+            .headers(headers)
+            .payload("not a question");
+        let sent = producer.send(record, Duration::from_secs(10)).await;
+        sent.map_err(|(error, _record)| error)?;
+        server.prints(said).await?;
+    }
     server.interrupt().await?;
     server.end().await?.succeeded()?;
     Ok(())

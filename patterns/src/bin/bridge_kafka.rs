@@ -1,10 +1,10 @@
 //! Bridge: from Kafka to NATS, and nothing is lost on the way.
 //!
-//! Teaches: a bridge commits on its side what the other side has acknowledged, in this
-//! order. If it dies in between, it publishes again, with the id that the message had in
-//! Kafka, and NATS drops what it has. What does not map is decided here: the key becomes
-//! a header, bytes become text, and a hop count keeps a circle of bridges from turning
-//! for ever.
+//! Teaches: a bridge commits on its side what the other side has acknowledged, in
+//! this order. If it dies in between, it publishes again, with the id that the
+//! message had in Kafka, and NATS drops what it has. What does not map is decided
+//! here: the key becomes a header, bytes become text, and a hop count keeps a circle
+//! of bridges from turning for ever.
 //!
 //! Run, after `cargo lab up kafka` and `cargo lab up nats`:
 //!

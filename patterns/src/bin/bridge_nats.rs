@@ -1,10 +1,10 @@
 //! Bridge: from NATS to RabbitMQ, and nothing is lost on the way.
 //!
-//! Teaches: a bridge acknowledges on its side what the other side has confirmed, in this
-//! order. If it dies in between, RabbitMQ gets the message twice: it drops nothing by its
-//! id, so the id travels on, in `message_id`, for whoever reads it. And as one message
-//! after the other is carried, and none is delivered before the last one is acknowledged,
-//! the order stays.
+//! Teaches: a bridge acknowledges on its side what the other side has confirmed, in
+//! this order. If it dies in between, RabbitMQ gets the message twice: it drops
+//! nothing by its id, so the id travels on, in `message_id`, for whoever reads it.
+//! And as one message after the other is carried, and none is delivered before the
+//! last one is acknowledged, the order stays.
 //!
 //! Run, after `cargo lab up nats` and `cargo lab up rabbitmq`:
 //!
@@ -27,8 +27,8 @@
 //! RabbitMQ:  order-1, order-2, order-2, order-3
 //! ```
 //!
-//! Left out on purpose: many messages on their way at a time, which is quicker and can
-//! change their order when one is delivered again.
+//! Left out on purpose: many messages on their way at a time, which is quicker and
+//! can change their order when one is delivered again.
 
 use std::{
     env,
@@ -189,8 +189,8 @@ async fn run(acknowledge: Acknowledge) -> Result<()> {
     Ok(())
 }
 
-/// Publishes a message on the other side, and returns when it is stored there, with what
-/// to tell about it.
+/// Publishes a message on the other side, and returns when it is stored there, with
+/// what to tell about it.
 async fn carry(channel: &Channel, delivery: &jetstream::Message) -> Result<String> {
     let place = delivery.info().map_err(Error::from_boxed)?.stream_sequence;
     // Whoever gave it no id gets one that is the same each time.
@@ -206,7 +206,7 @@ async fn carry(channel: &Channel, delivery: &jetstream::Message) -> Result<Strin
     if let Some(key) = header(delivery, KEY) {
         headers.insert(KEY.into(), AMQPValue::LongString(key.into()));
     }
-    // An id of RabbitMQ has 255 bytes at most. One that is longer gives way to the place.
+    // An id of RabbitMQ has 255 bytes at most. A longer one gives way to the place.
     let message_id =
         ShortString::try_new(id).or_else(|_| ShortString::try_new(&place));
     let properties = BasicProperties::default()

@@ -1,7 +1,7 @@
 //! Bridge: from RabbitMQ to Kafka, and nothing is lost on the way.
 //!
-//! Teaches: a bridge acknowledges on its side what the other side has acknowledged, in
-//! this order. If it dies in between, Kafka gets the message twice, also with
+//! Teaches: a bridge acknowledges on its side what the other side has acknowledged,
+//! in this order. If it dies in between, Kafka gets the message twice, also with
 //! `enable.idempotence`, which knows no program but one. So the id travels on, in a
 //! header, for whoever reads it. RabbitMQ puts what is not acknowledged back to its
 //! place, so with one bridge the order stays.
@@ -226,8 +226,8 @@ async fn run(acknowledge: Acknowledge) -> Result<()> {
     Ok(())
 }
 
-/// Publishes a message on the other side, and returns when it is stored there, with what
-/// to tell about it and where it is.
+/// Publishes a message on the other side, and returns when it is stored there, with
+/// what to tell about it and where it is.
 async fn carry(
     producer: &FutureProducer,
     delivery: &Delivery,

@@ -3,8 +3,8 @@
 //! Teaches: with at-least-once reading, what was charged after the last commit comes
 //! again when the consumer is killed; and a producer without an answer sends again.
 //! `enable.idempotence` covers the repeats within the client, not those of a program
-//! that was started again. So the payment's id, in a header, and the charge are written
-//! in one transaction, and the offset is stored after it.
+//! that was started again. So the payment's id, in a header, and the charge are
+//! written in one transaction, and the offset is stored after it.
 //!
 //! Run, after `cargo lab up kafka`:
 //!

@@ -1,10 +1,10 @@
 //! Idempotent consumer: delivered more than once, charged once.
 //!
-//! Teaches: RabbitMQ delivers at least once, and a publisher that has heard no confirm
-//! publishes again, so a payment may come twice. Its id is in `message_id`; the id and
-//! the charge are written in one transaction, and the acknowledgement comes after it.
-//! `redelivered` does not do: it says that a message may have been seen, not that it
-//! was charged, and nothing of what is published twice.
+//! Teaches: RabbitMQ delivers at least once, and a publisher that has heard no
+//! confirm publishes again, so a payment may come twice. Its id is in `message_id`;
+//! the id and the charge are written in one transaction, and the acknowledgement
+//! comes after it. `redelivered` does not do: it says that a message may have been
+//! seen, not that it was charged, and nothing of what is published twice.
 //!
 //! Run, after `cargo lab up rabbitmq`:
 //!

@@ -1,9 +1,10 @@
 //! Publish and subscribe: each service hears of each order, also after it was down.
 //!
-//! Teaches: a topic keeps what is written, whether somebody reads or not. Each service is
-//! a group, and a group is a place in the topic that is committed: it goes on there when
-//! it was down, for as long as the topic keeps its records. One that comes for the first
-//! time begins where `auto.offset.reset` says, at the end by default.
+//! Teaches: a topic keeps what is written, whether somebody reads or not. Each
+//! service is a group, and a group is a place in the topic that is committed: it
+//! goes on there when it was down, for as long as the topic keeps its records. One
+//! that comes for the first time begins where `auto.offset.reset` says, at the end
+//! by default.
 //!
 //! Run, after `cargo lab up kafka`:
 //!
@@ -23,8 +24,9 @@
 //! analytics: order-1, order-2, order-3, older than its group
 //! ```
 //!
-//! Left out on purpose: several instances of one service, which share its partitions, see
-//! kafka_consumer_groups; and how long a topic keeps, `retention.ms`.
+//! Left out on purpose: several instances of one service, which share its
+//! partitions, see kafka_consumer_groups; and how long a topic keeps,
+//! `retention.ms`.
 
 use std::{
     env,

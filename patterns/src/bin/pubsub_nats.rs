@@ -1,9 +1,9 @@
 //! Publish and subscribe: each service hears of each order, also after it was down.
 //!
-//! Teaches: core NATS gives a message to those who listen at this moment, and to nobody
-//! else. A stream keeps the events, and each service has a durable consumer on it: a
-//! place in the stream that stays when the service goes. One that comes for the first
-//! time can begin with the first event that is kept.
+//! Teaches: core NATS gives a message to those who listen at this moment, and to
+//! nobody else. A stream keeps the events, and each service has a durable consumer
+//! on it: a place in the stream that stays when the service goes. One that comes for
+//! the first time can begin with the first event that is kept.
 //!
 //! Run, after `cargo lab up nats`:
 //!
@@ -25,8 +25,8 @@
 //! core:      nothing, it was not there
 //! ```
 //!
-//! Left out on purpose: limits of the stream, without which it keeps all there ever was, see
-//! nats_jetstream_limits; and several workers for one service.
+//! Left out on purpose: limits of the stream, without which it keeps all there ever
+//! was, see nats_jetstream_limits; and several workers for one service.
 
 use std::{
     env,

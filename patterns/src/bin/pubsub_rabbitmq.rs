@@ -1,10 +1,10 @@
 //! Publish and subscribe: each service hears of each order, also after it was down.
 //!
-//! Teaches: a fanout exchange gives a copy to each queue that is bound to it, so each
-//! service has a queue of its own, with its own pace and its own backlog, and the
-//! publisher knows none of them. The queue keeps what comes while the service is down,
-//! as long as there is room on the disk. What was published before a queue was bound,
-//! its service never hears.
+//! Teaches: a fanout exchange gives a copy to each queue that is bound to it, so
+//! each service has a queue of its own, with its own pace and its own backlog, and
+//! the publisher knows none of them. The queue keeps what comes while the service is
+//! down, as long as there is room on the disk. What was published before a queue was
+//! bound, its service never hears.
 //!
 //! Run, after `cargo lab up rabbitmq`:
 //!

@@ -1,9 +1,10 @@
 //! Request and reply: a hundred questions at a time, and each gets its own answer.
 //!
 //! Teaches: Kafka has topics and nothing for answers, so it takes a second topic, of
-//! which a client reads one partition and says so in its questions. It has to know where
-//! that partition ends before it asks, or it may miss the answer. Neither the broker
-//! nor the server tells that nobody answers: only the time limit ends the waiting.
+//! which a client reads one partition and says so in its questions. It has to know
+//! where that partition ends before it asks, or it may miss the answer. Neither the
+//! broker nor the server tells that nobody answers: only the time limit ends the
+//! waiting.
 //!
 //! Run, after `cargo lab up kafka`:
 //!
@@ -22,8 +23,8 @@
 //! nobody:   no answer within 300ms
 //! ```
 //!
-//! Left out on purpose: instances that share a partition for their answers get each other's, and
-//! pass over them. That costs, but does no harm.
+//! Left out on purpose: a partition of one's own for each client. Those that share one
+//! get each other's answers too, and pass over them.
 
 use std::{
     collections::HashMap,
@@ -151,9 +152,6 @@ fn questions(brokers: &str) -> Result<StreamConsumer> {
         .set("group.id", GROUP)
         .set("auto.offset.reset", "earliest")
         .set("enable.auto.offset.store", "false")
-        // Less to wait for: by default the broker answers a fetch after 500 ms if there
-        // is nothing, and at once if there is a byte.
-        .set("fetch.wait.max.ms", "100")
         .create()?;
     consumer.subscribe(&[REQUESTS])?;
     Ok(consumer)
@@ -181,8 +179,8 @@ async fn serve(
     if is_late(header(record, DEADLINE), SystemTime::now()) {
         return Ok("skipped:  nobody waits any more");
     }
-    let partition =
-        header(record, REPLY_PARTITION).and_then(|text| text.parse().ok());
+    let partition = header(record, REPLY_PARTITION);
+    let partition = partition.and_then(|text| text.parse::<u16>().ok());
     let (Some(partition), Some(id)) = (partition, header(record, CORRELATION_ID))
     else {
         return Ok("skipped:  nobody wants an answer");
@@ -193,7 +191,7 @@ async fn serve(
     });
     let answer = serde_json::to_vec(&answer(record.payload().unwrap_or_default()))?;
     let reply: FutureRecord<'_, (), _> = FutureRecord::to(REPLIES)
-        .partition(partition)
+        .partition(partition.into())
         .headers(headers)
         .payload(&answer);
     match producer.send(reply, PATIENCE).await {
@@ -247,7 +245,6 @@ impl Caller {
             // A consumer needs one; this one commits nothing.
             .set("group.id", "price-callers")
             .set("enable.auto.commit", "false")
-            .set("fetch.wait.max.ms", "100")
             .create()?;
         let answers = Arc::new(answers);
         // Where it begins is settled before the first question: "from the end" would be

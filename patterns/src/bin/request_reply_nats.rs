@@ -1,9 +1,9 @@
 //! Request and reply: a hundred questions at a time, and each gets its own answer.
 //!
-//! Teaches: `request` makes an inbox for the answer, and one subscription serves all of a
-//! client's. Where nobody listens to the subject the server says so at once; where
-//! somebody listens and does not answer, the time limit ends it. The deadline goes along
-//! in a header, so a server that is late need not work for nobody.
+//! Teaches: `request` makes an inbox for the answer, and one subscription serves all
+//! of a client's. Where nobody listens to the subject the server says so at once;
+//! where somebody listens and does not answer, the time limit ends it. The deadline
+//! goes along in a header, so a server that is late need not work for nobody.
 //!
 //! Run, after `cargo lab up nats`:
 //!
@@ -22,8 +22,8 @@
 //! nobody:   NATS says at once that nobody answers
 //! ```
 //!
-//! Left out on purpose: answers in several parts, and all that the service API adds; see
-//! nats_service.
+//! Left out on purpose: answers in several parts, and all that the service API adds;
+//! see nats_service.
 
 use std::{
     env,
@@ -117,8 +117,8 @@ async fn questions(client: &Client) -> Result<Subscriber> {
     Ok(questions)
 }
 
-/// Returns when the server knows of what this connection has subscribed to, or no more: it
-/// reads a connection in order, and answers this at once. A flush only writes.
+/// Returns when the server knows of what this connection has subscribed to, or no more:
+/// it reads a connection in order, and answers this at once. A flush only writes.
 async fn known(client: &Client) -> Result<()> {
     match client.request("nobody.listens.here", "".into()).await {
         Err(error) if error.kind() == RequestErrorKind::NoResponders => Ok(()),

@@ -1,9 +1,9 @@
 //! Request and reply: a hundred questions at a time, and each gets its own answer.
 //!
-//! Teaches: direct reply-to needs no queue for the answers: they come on the channel that
-//! has asked, and a correlation id tells whose they are. A question that nobody has
-//! taken within its time RabbitMQ drops by itself, by `expiration`. It does not say that
-//! nobody is there: only the time limit ends the waiting.
+//! Teaches: direct reply-to needs no queue for the answers: they come on the channel
+//! that has asked, and a correlation id tells whose they are. A question that nobody
+//! has taken within its time RabbitMQ drops by itself, by `expiration`. It does not
+//! say that nobody is there: only the time limit ends the waiting.
 //!
 //! Run, after `cargo lab up rabbitmq`:
 //!
@@ -22,8 +22,8 @@
 //! nobody:   no answer within 300ms
 //! ```
 //!
-//! Left out on purpose: a reply queue of one's own, which outlives the connection; see
-//! rabbitmq_rpc.
+//! Left out on purpose: a reply queue of one's own, which outlives the connection;
+//! see rabbitmq_rpc.
 
 use std::{
     collections::HashMap,

@@ -27,8 +27,8 @@
 //! all 10 tasks are done
 //! ```
 //!
-//! Left out on purpose: what fails and is tried again, see kafka_retry_dlq. Kafka does
-//! not say that a task was handed out before; its id has to.
+//! Left out on purpose: what fails and is tried again, see kafka_retry_dlq. Kafka
+//! does not say that a task was handed out before; its id has to.
 
 use std::{
     collections::HashSet,

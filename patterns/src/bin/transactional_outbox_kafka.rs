@@ -1,11 +1,11 @@
 //! Transactional outbox: an order and the event about it, both or none.
 //!
-//! Teaches: whoever writes to a database and then publishes loses the event when he dies
-//! in between, and no order of the two is right. So the event is written into a table of
-//! the same database, in the transaction of the order, and a relay publishes from there.
-//! It crosses an event off when Kafka has stored it, so a relay that dies publishes one
-//! again, with the same id. Kafka's own transactions do not help: they span topics, and
-//! not your database.
+//! Teaches: whoever writes to a database and then publishes loses the event when he
+//! dies in between, and no order of the two is right. So the event is written into a
+//! table of the same database, in the transaction of the order, and a relay
+//! publishes from there. It crosses an event off when Kafka has stored it, so a
+//! relay that dies publishes one again, with the same id. Kafka's own transactions
+//! do not help: they span topics, and not your database.
 //!
 //! Run, after `cargo lab up kafka`:
 //!
@@ -27,8 +27,8 @@
 //! topic:     order-10.placed, order-20.placed, order-20.placed, order-30.placed
 //! ```
 //!
-//! Left out on purpose: a second relay, for the case that the first machine fails. Two at
-//! a time keep no order; let a lease decide, as in nats_kv_lease.
+//! Left out on purpose: a second relay, for the case that the first machine fails.
+//! Two at a time keep no order; let a lease decide, as in nats_kv_lease.
 
 use std::{
     env,

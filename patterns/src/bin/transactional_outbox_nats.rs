@@ -1,10 +1,11 @@
 //! Transactional outbox: an order and the event about it, both or none.
 //!
-//! Teaches: whoever writes to a database and then publishes loses the event when he dies
-//! in between, and no order of the two is right. So the event is written into a table of
-//! the same database, in the transaction of the order, and a relay publishes from there.
-//! It crosses an event off when NATS has stored it, so a relay that dies publishes one
-//! again, with the same id, and within two minutes NATS drops it.
+//! Teaches: whoever writes to a database and then publishes loses the event when he
+//! dies in between, and no order of the two is right. So the event is written into a
+//! table of the same database, in the transaction of the order, and a relay
+//! publishes from there. It crosses an event off when NATS has stored it, so a relay
+//! that dies publishes one again, with the same id, and within two minutes NATS
+//! drops it.
 //!
 //! Run, after `cargo lab up nats`:
 //!
@@ -26,8 +27,8 @@
 //! stream:    order-1.placed, order-2.placed, order-3.placed
 //! ```
 //!
-//! Left out on purpose: a second relay, for the case that the first machine fails. Two at
-//! a time keep no order; let a lease decide, as in nats_kv_lease.
+//! Left out on purpose: a second relay, for the case that the first machine fails.
+//! Two at a time keep no order; let a lease decide, as in nats_kv_lease.
 
 use std::{
     env,
