@@ -32,8 +32,8 @@ pub const CHUNK: u64 = 100;
 const FROZEN_BROKER: Duration = Duration::from_secs(1);
 /// How long a worker may take for one more message before its connection is cut.
 const FROZEN_CONNECTION: Duration = Duration::from_millis(300);
-/// How long a frozen worker does nothing: longer than its broker waits for it, see
-/// `ACK_WAIT` and `session.timeout.ms` of the examples.
+/// How long a frozen worker does nothing: longer than NATS waits for it, see `ACK_WAIT`
+/// of the examples.
 const FROZEN_WORKER: Duration = Duration::from_secs(3);
 /// How long a program may publish without success: a broker is restarted meanwhile.
 const PUBLISHING: Duration = Duration::from_secs(120);
@@ -98,7 +98,7 @@ impl Scene {
         for _message in 0..=self.random.u64(0..20) {
             worker.prints(works).await?;
         }
-        sleep(Duration::from_millis(self.random.u64(0..30))).await;
+        sleep(Duration::from_millis(self.random.u64(0..10))).await;
         match self.fault {
             Fault::WorkerKilled => worker.kill().await,
             Fault::WorkerFrozen => {
@@ -181,6 +181,13 @@ pub struct Published {
     pub acknowledged: u64,
 }
 
+impl Published {
+    fn add(&mut self, other: Self) {
+        self.attempted += other.attempted;
+        self.acknowledged += other.acknowledged;
+    }
+}
+
 /// Runs `publish FIRST LAST` until each of these messages is acknowledged: after an
 /// error it goes on with the one that it has no answer for.
 async fn publish(
@@ -234,9 +241,27 @@ pub async fn rounds(
         let publisher = publish(binary.to_owned(), variable.clone(), first, last);
         let publishing = tokio::spawn(publisher);
         strike().await?;
-        let published = publishing.await??;
-        sum.attempted += published.attempted;
-        sum.acknowledged += published.acknowledged;
+        sum.add(publishing.await??);
+        println!("{}: fault {} of {TIMES}", name_of(binary), round + 1);
+    }
+    Ok(sum)
+}
+
+/// As [`rounds`], with a worker that is killed each time. The first half of a chunk is
+/// published before, and the other while it is dead.
+pub async fn rounds_half_dead(
+    (binary, variable): (&str, (&'static str, String)),
+    worker: &mut Supervised,
+) -> Result<Published> {
+    let mut sum = Published::default();
+    for round in 0..TIMES {
+        let (first, last) = (round * CHUNK + 1, (round + 1) * CHUNK);
+        let middle = first + CHUNK / 2;
+        let half =
+            |first, last| publish(binary.to_owned(), variable.clone(), first, last);
+        sum.add(half(first, middle - 1).await?);
+        sum.add(worker.dead_while(half(middle, last)).await?);
+        worker.prints("ready:").await?;
         println!("{}: fault {} of {TIMES}", name_of(binary), round + 1);
     }
     Ok(sum)

@@ -16,7 +16,8 @@ use lab::{
 use tests::Supervised;
 
 use crate::driver::{
-    CHUNK, Places, Scene, TIMES, cells, finish, reordered, rounds, tell,
+    CHUNK, Places, Scene, TIMES, cells, finish, reordered, rounds, rounds_half_dead,
+    tell,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -49,8 +50,11 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     scene.settle().await;
 
     let publisher = (binary(broker), scene.direct());
-    let sum =
-        rounds(publisher, async || scene.strike(&mut mail, "heard:").await).await?;
+    let sum = if fault == WorkerKilled {
+        rounds_half_dead(publisher, &mut mail).await?
+    } else {
+        rounds(publisher, async || scene.strike(&mut mail, "heard:").await).await?
+    };
     if claim != Claim::Control {
         finish(&mut mail, async || {
             PLACES.waiting(&scene.broker, broker).await

@@ -79,9 +79,26 @@ impl Supervised {
     ///
     /// If it cannot be started.
     pub async fn kill(&mut self) -> Result<()> {
+        self.dead_while(async { Ok(()) }).await
+    }
+
+    /// SIGKILL, and starts it again when this is done.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be started, and those of what is done meanwhile.
+    pub async fn dead_while<T>(
+        &mut self,
+        meanwhile: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         // It may have ended by itself at this very moment.
         let _ = self.running.signal("KILL").await;
-        self.start_again().await.map(drop)
+        while !self.running.has_ended()? {
+            sleep(POLL).await;
+        }
+        let done = meanwhile.await?;
+        self.start_again().await?;
+        Ok(done)
     }
 
     /// As [`Example::pass_over`].
