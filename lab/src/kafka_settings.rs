@@ -135,6 +135,40 @@ impl KafkaSettings {
         })
     }
 
+    /// Settings for nodes of one cluster, with the ids from 1: these lines on top of
+    /// those of a single node, which know only one replica of each of Kafka's own
+    /// topics.
+    ///
+    /// # Errors
+    ///
+    /// If there are not enough free ports.
+    pub fn cluster<const NODES: usize>(text: &str) -> Result<[Self; NODES]> {
+        let ports: [u16; NODES] = native::free_ports()?;
+        let controllers: [u16; NODES] = native::free_ports()?;
+        let voters: Vec<_> = (1..)
+            .zip(controllers)
+            .map(|(id, port)| format!("{id}@127.0.0.1:{port}"))
+            .collect();
+        let voters = voters.join(",");
+        let nodes = std::array::from_fn(|at| Self {
+            text: format!(
+                "{text}\nnode.id={}\ncontroller.quorum.voters={voters}\n",
+                at + 1
+            ),
+            listeners: vec![
+                ("PLAINTEXT".to_owned(), ports[at]),
+                (CONTROLLER.to_owned(), controllers[at]),
+            ],
+            inside: "PLAINTEXT".to_owned(),
+        });
+        Ok(nodes)
+    }
+
+    /// Is it the first node of a cluster, or the only one?
+    pub(crate) fn is_first(&self) -> bool {
+        last(&self.text, "node.id").is_none_or(|id| id == "1")
+    }
+
     /// The complete `server.properties`.
     pub fn properties(&self, reach: Reach, data: &str) -> String {
         let (host, mut bound, mut told) = (reach.host(), Vec::new(), Vec::new());
@@ -148,14 +182,17 @@ impl KafkaSettings {
                 }
             }
         }
+        let controller = self.port_of(CONTROLLER).unwrap_or_default();
+        let alone = format!("1@127.0.0.1:{controller}");
+        let voters = last(&self.text, "controller.quorum.voters");
         format!(
             "{SINGLE_NODE}\n{}\n# What this start decides.\nlisteners={}\n\
-             advertised.listeners={}\ncontroller.quorum.voters=1@127.0.0.1:{}\n\
+             advertised.listeners={}\ncontroller.quorum.voters={}\n\
              log.dirs={data}\n",
             self.text,
             bound.join(","),
             told.join(","),
-            self.port_of(CONTROLLER).unwrap_or_default(),
+            voters.unwrap_or(&alone),
         )
     }
 
@@ -334,6 +371,28 @@ ssl.client.auth=required
         let inside = settings.inside_port();
         let told = format!("CLIENTS://localhost:7,INSIDE://localhost:{inside}");
         assert_eq!(last(&text, "advertised.listeners"), Some(told.as_str()));
+        Ok(())
+    }
+
+    #[test]
+    fn the_nodes_of_a_cluster_know_each_other() -> Result<()> {
+        let nodes: [_; 3] = KafkaSettings::cluster("min.insync.replicas=2")?;
+        let texts = nodes
+            .each_ref()
+            .map(|node| node.properties(Reach::Machine, "/data"));
+        let ids = texts.each_ref().map(|text| last(text, "node.id"));
+        assert_eq!(ids, [Some("1"), Some("2"), Some("3")]);
+        let voters: Vec<_> = (1..)
+            .zip(&nodes)
+            .filter_map(|(id, node)| Some((id, node.port_of(CONTROLLER)?)))
+            .map(|(id, port)| format!("{id}@127.0.0.1:{port}"))
+            .collect();
+        let voters = voters.join(",");
+        for text in &texts {
+            assert_eq!(last(text, "min.insync.replicas"), Some("2"));
+            let known = last(text, "controller.quorum.voters");
+            assert_eq!(known, Some(voters.as_str()));
+        }
         Ok(())
     }
 

@@ -16,6 +16,7 @@ mod idempotent_producer;
 mod json_events;
 mod keys_partitions;
 mod lag_monitor;
+mod leader_failover;
 mod mock_cluster;
 mod mock_limits;
 mod mock_tests;

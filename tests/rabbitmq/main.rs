@@ -12,6 +12,7 @@ mod fanout;
 mod limits;
 mod permissions;
 mod publisher;
+mod quorum_failover;
 mod quorum_queue;
 mod recovery;
 mod routing;

@@ -2,6 +2,7 @@
 //! observers that ask a broker behind the example's back.
 
 pub mod broker;
+pub mod cluster;
 pub mod example;
 mod files;
 pub mod kafka;
@@ -12,6 +13,7 @@ pub mod pika;
 pub mod proxy;
 pub mod rabbitmq;
 pub mod random;
+mod several;
 pub mod supervised;
 pub mod tls;
 pub mod wait;

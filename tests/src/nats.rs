@@ -14,17 +14,10 @@
 //! # }
 //! ```
 
-use std::{env, fs, path::PathBuf};
+use anyhow::Result;
+use lab::{broker::Broker, native};
 
-use anyhow::{Context as _, Result, bail, ensure};
-use lab::{broker::Broker, cleanup::Guard, native, shell};
-use testcontainers::{ImageExt as _, core::IntoContainerPort as _};
-use tokio::task::{block_in_place, spawn_blocking};
-
-use crate::{
-    broker::{NATIVE, docker, image, run_container},
-    files, wait,
-};
+use crate::several::{Node, Several};
 
 /// What one server is to be.
 pub struct Server<'a> {
@@ -45,43 +38,7 @@ pub struct Server<'a> {
 /// The servers run side by side, as processes of this machine or in one container
 /// whose client ports have the same numbers on this machine. So they find each
 /// other on `127.0.0.1`, and one configuration is right for both ways.
-pub struct Servers {
-    servers: Vec<Running>,
-    place: Place,
-}
-
-struct Running {
-    name: String,
-    port: u16,
-    /// How often it was started: a log has as many lines that it is ready.
-    starts: usize,
-    /// None in a container.
-    process: Option<native::Server>,
-}
-
-enum Place {
-    Container { id: String, _guard: Guard },
-    Native { folder: PathBuf, _guard: Guard },
-}
-
-/// What a server's log says when it serves clients.
-const READY: &str = "Server is ready";
-
-/// Where the files are in a container.
-const FOLDER: &str = "/servers";
-
-/// In a container: starts `$0` on port `$1`, and leaves the id of its process.
-const START: &str = "echo $$ > $0.pid; exec nats-server --config $0.conf \
-    --addr 0.0.0.0 --port $1 --store_dir $0.data >> $0.log 2>&1";
-
-/// In a container: ends `$0`, and returns when it is gone.
-const KILL: &str = "id=$(cat $0.pid) || exit; rm $0.pid; exec 2> /dev/null; \
-    kill -s KILL $id; while kill -s 0 $id; do sleep 0.05; done";
-
-/// In a container: the log of `$0`, and a last line when it has ended.
-const LOOK: &str = "cat $0.log 2> /dev/null; \
-    [ ! -f $0.pid ] || kill -s 0 $(cat $0.pid) 2> /dev/null || \
-    printf '\nended'";
+pub struct Servers(Several);
 
 impl Servers {
     /// Ports that were free a moment ago, all different.
@@ -106,28 +63,18 @@ impl Servers {
         files: &[(String, Vec<u8>)],
     ) -> Result<Self> {
         let configs = servers.iter().map(|server| {
-            let path = format!("{}.conf", server.name);
-            (path, server.config.clone().into_bytes())
+            let config = server.config.clone().into_bytes();
+            (file_of(server.name), config)
         });
-        let files: Vec<_> = configs.chain(files.iter().cloned()).collect();
-        let place = match env::var_os(NATIVE) {
-            Some(_) => Place::folder(&files)?,
-            None => Place::container(servers, files).await?,
-        };
-        let mut started = Self {
-            servers: Vec::new(),
-            place,
-        };
+        let files = configs.chain(files.iter().cloned()).collect();
+        let nodes = servers.iter().map(node).collect();
+        let ready = "Server is ready";
+        let mut several =
+            Several::prepare(Broker::Nats, ready, nodes, files).await?;
         for server in servers {
-            started.servers.push(Running {
-                name: server.name.to_owned(),
-                port: server.port,
-                starts: 0,
-                process: None,
-            });
-            started.restart(server.name).await?;
+            several.start(server.name).await?;
         }
-        Ok(started)
+        Ok(Self(several))
     }
 
     /// The address of a server, without user and password.
@@ -136,7 +83,7 @@ impl Servers {
     ///
     /// If no server has this name.
     pub fn url(&self, name: &str) -> Result<String> {
-        Ok(Broker::Nats.address(self.find(name)?.port))
+        self.0.url(name)
     }
 
     /// SIGKILL; the server's data stay. Returns when the process is gone.
@@ -145,14 +92,7 @@ impl Servers {
     ///
     /// If it does not run.
     pub async fn kill(&mut self, name: &str) -> Result<()> {
-        if let Place::Container { .. } = &self.place {
-            return self.in_container(name, KILL).await.map(drop);
-        }
-        let at = self.at(name)?;
-        let process = self.servers[at].process.as_mut();
-        let process = process.with_context(|| format!("{name} does not run"))?;
-        // Blocks for as long as the process takes to go.
-        block_in_place(|| process.kill())
+        self.0.kill(name).await
     }
 
     /// Starts a server again after [`Self::kill`], with its data, on the same
@@ -163,37 +103,7 @@ impl Servers {
     ///
     /// If it does not start; with the end of its log.
     pub async fn restart(&mut self, name: &str) -> Result<()> {
-        let at = self.at(name)?;
-        let started = self.launch(at, name).await;
-        started.with_context(|| format!("the server {name}"))
-    }
-
-    async fn launch(&mut self, at: usize, name: &str) -> Result<()> {
-        let port = self.servers[at].port;
-        match &self.place {
-            Place::Container { id, .. } => {
-                let stopped = self.in_container(name, "[ ! -f $0.pid ]").await;
-                ensure!(stopped.is_ok(), "it runs already");
-                let port = port.to_string();
-                let command = ["sh", "-c", START, name, &port];
-                let exec = ["exec", "--detach", "--workdir", FOLDER, id];
-                docker(&[&exec[..], &command[..]].concat()).await?;
-                self.servers[at].starts += 1;
-                self.ready(name).await
-            }
-            Place::Native { folder, .. } => {
-                let config = folder.join(format!("{name}.conf"));
-                let process = &mut self.servers[at].process;
-                match process {
-                    Some(process) => block_in_place(|| process.restart()),
-                    None => {
-                        let start = move || native::start_nats(&config, port);
-                        *process = Some(spawn_blocking(start).await??);
-                        Ok(())
-                    }
-                }
-            }
-        }
+        self.0.start(name).await
     }
 
     /// Sends a signal: `HUP` to read the configuration anew, `USR2` to have the
@@ -204,14 +114,7 @@ impl Servers {
     ///
     /// If it does not run.
     pub async fn signal(&self, name: &str, signal: &str) -> Result<()> {
-        if let Place::Container { .. } = &self.place {
-            let script = format!("kill -s {signal} $(cat $0.pid)");
-            return self.in_container(name, &script).await.map(drop);
-        }
-        let process = self.find(name)?.process.as_ref();
-        process
-            .with_context(|| format!("{name} does not run"))?
-            .signal(signal)
+        self.0.signal(name, signal).await
     }
 
     /// Writes a file into the folder of the servers, over one that is there.
@@ -220,18 +123,7 @@ impl Servers {
     ///
     /// If it cannot be written.
     pub async fn write(&self, path: &str, data: &[u8]) -> Result<()> {
-        match &self.place {
-            Place::Native { folder, .. } => {
-                files::write(folder, &[(path.to_owned(), data.to_vec())])
-            }
-            Place::Container { id, .. } => {
-                let file = tempfile::NamedTempFile::new()?;
-                fs::write(file.path(), data)?;
-                let source = file.path().to_string_lossy();
-                let target = format!("{id}:{FOLDER}/{path}");
-                docker(&["cp", &source, &target]).await.map(drop)
-            }
-        }
+        self.0.write(path, data).await
     }
 
     /// All that a server has written into its log.
@@ -240,77 +132,24 @@ impl Servers {
     ///
     /// If it cannot be read.
     pub async fn log(&self, name: &str) -> Result<String> {
-        match &self.place {
-            Place::Container { .. } => self.in_container(name, "cat $0.log").await,
-            Place::Native { folder, .. } => {
-                let path = folder.join(format!("{name}.log"));
-                Ok(fs::read_to_string(path)?)
-            }
-        }
-    }
-
-    /// Waits until the log of a server in the container says that it is ready:
-    /// a client might need a certificate or a password to be served.
-    async fn ready(&self, name: &str) -> Result<()> {
-        let starts = self.find(name)?.starts;
-        let ended = wait::until(name, async || {
-            let log = self.in_container(name, LOOK).await?;
-            let ended = log.ends_with("\nended");
-            let ready = log.matches(READY).count() >= starts;
-            ensure!(ended || ready, "its log ends:{}", shell::tail(&log));
-            Ok(ended.then_some(log))
-        })
-        .await?;
-        match ended {
-            Some(log) => bail!("it ended while starting{}", shell::tail(&log)),
-            None => Ok(()),
-        }
-    }
-
-    /// Runs a script of the POSIX shell where the files are; `$0` is the server.
-    async fn in_container(&self, name: &str, script: &str) -> Result<String> {
-        self.find(name)?;
-        let Place::Container { id, .. } = &self.place else {
-            bail!("the servers run natively");
-        };
-        docker(&["exec", "--workdir", FOLDER, id, "sh", "-c", script, name]).await
-    }
-
-    fn find(&self, name: &str) -> Result<&Running> {
-        self.at(name).map(|at| &self.servers[at])
-    }
-
-    fn at(&self, name: &str) -> Result<usize> {
-        let found = self.servers.iter().position(|server| server.name == name);
-        found.with_context(|| format!("no server is named {name}"))
+        self.0.log(name).await
     }
 }
 
-impl Place {
-    fn folder(files: &[(String, Vec<u8>)]) -> Result<Self> {
-        let (folder, guard) = files::folder("lab-nats-", files)?;
-        Ok(Self::Native {
-            folder,
-            _guard: guard,
-        })
-    }
+fn file_of(name: &str) -> String {
+    format!("{name}.conf")
+}
 
-    async fn container(
-        servers: &[Server<'_>],
-        files: Vec<(String, Vec<u8>)>,
-    ) -> Result<Self> {
-        // The servers come and go; this stays.
-        let mut request = image(Broker::Nats)?
-            .with_cmd(["tail", "-f", "/dev/null"])
-            // So that it may write beside files that were copied.
-            .with_user("root");
-        for server in servers {
-            request = request.with_mapped_port(server.port, server.port.tcp());
-        }
-        for (path, data) in files {
-            request = request.with_copy_to(format!("{FOLDER}/{path}"), data);
-        }
-        let (id, guard) = run_container(request).await?;
-        Ok(Self::Container { id, _guard: guard })
+fn node(server: &Server<'_>) -> Node {
+    let (name, port) = (server.name.to_owned(), server.port);
+    let file = file_of(&name);
+    Node {
+        command: format!(
+            "exec nats-server --config {file} --addr 0.0.0.0 --port {port} \
+             --store_dir {name}.data"
+        ),
+        start: Box::new(move |folder| native::start_nats(&folder.join(file), port)),
+        name,
+        port,
     }
 }

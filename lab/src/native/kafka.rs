@@ -289,7 +289,8 @@ pub(super) fn launch_with(
     let storage = folder.join("data");
     if !storage.join("meta.properties").is_file() {
         let users = settings.format_arguments();
-        match users.is_empty() {
+        // The copy is one of node 1, and each node has an id of its own for its folder.
+        match users.is_empty() && settings.is_first() {
             true => copy_files(&formatted(&java, &jars)?, &storage)?,
             false => format(&java, &jars, folder, &users)?,
         }

@@ -190,8 +190,7 @@ pub fn start_rabbitmq(
     let mut launch = rabbitmq::launch_with(
         folder,
         folder.join("log"),
-        port,
-        [management, names, distribution],
+        &rabbitmq::Node::alone(port, [management, names, distribution]),
         rabbitmq_settings::PLUGINS,
         |home| settings.native(home, tls),
     )?;
@@ -205,6 +204,56 @@ pub fn start_rabbitmq(
         _folder: None,
     };
     Ok((server, tls))
+}
+
+/// The name service that the nodes of a RabbitMQ cluster find each other by, on this
+/// port. Its log is in `folder`.
+///
+/// # Errors
+///
+/// If something is [`missing`], or it does not start.
+pub fn start_rabbitmq_names(folder: &Path, port: u16) -> Result<Server> {
+    prepare(Broker::RabbitMq, false)?;
+    let mut launch = rabbitmq::names(folder, folder.join("names.log"), port)?;
+    let (process, version) = Process::start(Broker::RabbitMq, &mut launch)?;
+    Ok(Server {
+        broker: Broker::RabbitMq,
+        address: Broker::RabbitMq.address(port),
+        launch,
+        version,
+        process: Some(process),
+        _folder: None,
+    })
+}
+
+/// A node of a RabbitMQ cluster with this name and these ports, for clients, for the
+/// [name service](start_rabbitmq_names), and between the nodes. Data and log are in
+/// `folder`, and Erlang's cookie, which is the same for all nodes.
+///
+/// # Errors
+///
+/// As [`start_rabbitmq`].
+pub fn start_rabbitmq_node(
+    name: &'static str,
+    ports: [u16; 3],
+    config: &str,
+    folder: &Path,
+) -> Result<Server> {
+    prepare(Broker::RabbitMq, false)?;
+    let node = rabbitmq::Node::of_cluster(name, ports);
+    let log = folder.join("log");
+    let mut launch = rabbitmq::launch_with(folder, log, &node, "[].\n", |_home| {
+        config.to_owned()
+    })?;
+    let (process, version) = Process::start(Broker::RabbitMq, &mut launch)?;
+    Ok(Server {
+        broker: Broker::RabbitMq,
+        address: Broker::RabbitMq.address(launch.port),
+        launch,
+        version,
+        process: Some(process),
+        _folder: None,
+    })
 }
 
 /// Runs `rabbitmqctl` for a running RabbitMQ, and returns what it prints.

@@ -14,6 +14,9 @@ use crate::{packages, progress, shell, workspace};
 
 const OLDEST: [u32; 2] = [3, 10];
 
+/// What the log says when clients are served.
+pub(crate) const READY: &str = "Server startup complete";
+
 /// Where packages put the server itself. The program of the same name in `PATH`
 /// may be a wrapper that serves only root and the user `rabbitmq`.
 const INSTALLED: [&str; 4] = [
@@ -64,6 +67,9 @@ exit $status
 
 /// Runs a tool of RabbitMQ's in the place of the server.
 const TOOL: &str = r#"exec "$0" "$@""#;
+
+/// Runs the name service alone, for the nodes of a cluster.
+const NAMES: &str = r#"exec epmd -address 127.0.0.1 -port "$ERL_EPMD_PORT""#;
 
 /// Arguments: tree, data folder, then what to run inside.
 const ENTER: &str = r#"
@@ -186,7 +192,53 @@ pub(super) fn launch(
     port: u16,
     ports: [u16; 3],
 ) -> Result<Launch> {
-    launch_with(data, log, port, ports, PLUGINS, |_home| String::new())
+    let node = Node::alone(port, ports);
+    launch_with(data, log, &node, PLUGINS, |_home| String::new())
+}
+
+/// By which name and on which ports a server is reached.
+pub(super) struct Node {
+    name: &'static str,
+    port: u16,
+    /// None without the plugin.
+    management: Option<u16>,
+    /// Of the name service.
+    names: u16,
+    distribution: u16,
+    /// Is there a name service already, for all nodes of a cluster?
+    named: bool,
+}
+
+impl Node {
+    /// A server with a name service of its own, so its name is unique.
+    pub(super) fn alone(
+        port: u16,
+        [management, names, distribution]: [u16; 3],
+    ) -> Self {
+        Self {
+            name: "rabbit@localhost",
+            port,
+            management: Some(management),
+            names,
+            distribution,
+            named: false,
+        }
+    }
+
+    /// A node of a cluster.
+    pub(super) fn of_cluster(
+        name: &'static str,
+        [port, names, distribution]: [u16; 3],
+    ) -> Self {
+        Self {
+            name,
+            port,
+            management: None,
+            names,
+            distribution,
+            named: true,
+        }
+    }
 }
 
 /// As [`launch`], with these plugins and more settings, which may name files of
@@ -194,8 +246,7 @@ pub(super) fn launch(
 pub(super) fn launch_with(
     data: &Path,
     log: PathBuf,
-    port: u16,
-    [management, names, distribution]: [u16; 3],
+    node: &Node,
     plugins: &str,
     settings: impl FnOnce(&Path) -> String,
 ) -> Result<Launch> {
@@ -204,23 +255,24 @@ pub(super) fn launch_with(
         Way::Installed(_) => data,
         Way::Tree(_) => Path::new(HOME),
     };
-    write_settings(data, port, management, &settings(home))?;
+    write_settings(data, node, &settings(home))?;
     fs::write(data.join("enabled_plugins"), plugins)?;
+    let script = if node.named { TOOL } else { SERVE };
     let mut command = match way {
-        Way::Installed(server) => serve(&server),
-        Way::Tree(tree) => serve_in_tree(&tree, data)?,
+        Way::Installed(server) => script_with(script, &server),
+        Way::Tree(tree) => in_tree(&tree, data, script)?,
     };
     command
         .env("HOME", home)
         .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-        .env("ERL_EPMD_PORT", names.to_string())
-        .env("RABBITMQ_DIST_PORT", distribution.to_string())
+        .env("ERL_EPMD_PORT", node.names.to_string())
+        .env("RABBITMQ_DIST_PORT", node.distribution.to_string())
         .env(
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
             "-kernel inet_dist_use_interface {127,0,0,1}",
         )
-        // The data belong to this name. It is unique, as is the name service.
-        .env("RABBITMQ_NODENAME", "rabbit@localhost")
+        // The data belong to this name.
+        .env("RABBITMQ_NODENAME", node.name)
         .env("RABBITMQ_MNESIA_BASE", home.join("data"))
         .env("RABBITMQ_LOG_BASE", home.join("logs"))
         .env("RABBITMQ_CONFIG_FILE", home.join("rabbitmq.conf"))
@@ -236,12 +288,34 @@ pub(super) fn launch_with(
         .env("RABBITMQ_CONF_ENV_FILE", "/dev/null");
     Ok(Launch {
         command,
-        port,
+        port: node.port,
         log,
-        ready: "Server startup complete",
+        ready: READY,
         version_mark: "Starting RabbitMQ ",
         oldest: &OLDEST,
-        management: Some(format!("http://localhost:{management}")),
+        management: node
+            .management
+            .map(|port| format!("http://localhost:{port}")),
+    })
+}
+
+/// The name service for the nodes of a cluster. It outlives each of them.
+pub(super) fn names(data: &Path, log: PathBuf, port: u16) -> Result<Launch> {
+    let way = Way::found().context("RabbitMQ is gone; run again")?;
+    let mut command = match way {
+        Way::Installed(server) => script_with(NAMES, &server),
+        Way::Tree(tree) => in_tree(&tree, data, NAMES)?,
+    };
+    command.env("ERL_EPMD_PORT", port.to_string());
+    Ok(Launch {
+        command,
+        port,
+        log,
+        // It says nothing at all.
+        ready: "",
+        version_mark: "",
+        oldest: &[],
+        management: None,
     })
 }
 
@@ -273,37 +347,35 @@ pub(super) fn ctl(launch: &Launch, words: &[&str]) -> Result<String> {
     shell::output(&mut command)
 }
 
-fn write_settings(
-    data: &Path,
-    port: u16,
-    management: u16,
-    more: &str,
-) -> Result<()> {
+fn write_settings(data: &Path, node: &Node, more: &str) -> Result<()> {
+    let management = node.management.map_or_else(String::new, |port| {
+        format!("management.tcp.ip = 127.0.0.1\nmanagement.tcp.port = {port}\n")
+    });
     let settings = format!(
         "\
-listeners.tcp.default = 127.0.0.1:{port}
-management.tcp.ip = 127.0.0.1
-management.tcp.port = {management}
-log.console = true
+listeners.tcp.default = 127.0.0.1:{}
+{management}log.console = true
 log.console.use_colors = off
 log.file = false
-{more}"
+{more}",
+        node.port
     );
     fs::write(data.join("rabbitmq.conf"), settings)?;
     Ok(())
 }
 
-fn serve(server: &Path) -> Command {
+/// Runs a script of the shell that knows the server as `$0`.
+fn script_with(script: &str, server: &Path) -> Command {
     let mut command = Command::new("sh");
-    command.args(["-c", SERVE]).arg(server);
+    command.args(["-c", script]).arg(server);
     command
 }
 
 /// The same inside the tree, with mounts that nobody else sees and that end
 /// with the server.
-fn serve_in_tree(tree: &Path, data: &Path) -> Result<Command> {
+fn in_tree(tree: &Path, data: &Path, script: &str) -> Result<Command> {
     shell::output(Command::new("chown").args(["-R", USER]).arg(data))?;
-    let inside = serve(Path::new(INSTALLED[0]));
+    let inside = script_with(script, Path::new(INSTALLED[0]));
     let mut command = Command::new("unshare");
     command
         .args(["--mount", "sh", "-c", ENTER, "sh"])

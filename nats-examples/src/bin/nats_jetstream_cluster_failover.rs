@@ -6,8 +6,8 @@
 //! acknowledgement was lost is not stored twice. With one replica there is nobody
 //! to elect: the stream is gone until its server is back.
 //!
-//! Run, after `docker compose -f docker-compose.cluster.yml up -d --wait`, or with
-//! these three, each in a terminal:
+//! Run, after `docker compose -f docker-compose.cluster.yml --profile nats up -d
+//! --wait`, or with these three, each in a terminal:
 //!
 //! ```text
 //! nats-server -c nats-examples/config/cluster/n1.conf -sd target/nats-cluster/n1
@@ -62,7 +62,8 @@ const DEFAULT_URL: &str = "nats://localhost:4222";
 const STREAM: &str = "shop_payments";
 const SUBJECT: &str = "shop.payments.captured";
 /// What the errors say.
-const HOW: &str = "docker compose -f docker-compose.cluster.yml up -d --wait";
+const HOW: &str =
+    "docker compose -f docker-compose.cluster.yml --profile nats up -d --wait";
 const USAGE: &str = "usage: nats_jetstream_cluster_failover [single]";
 
 const PAYMENTS: usize = 300;

@@ -24,8 +24,8 @@
 //! counted:    10 payments
 //! ```
 //!
-//! Left out on purpose: more than one node, on which a new leader takes over when one
-//! dies; on one node it is as safe as its disk.
+//! Left out on purpose: more than one node, which is the lesson of
+//! `rabbitmq_quorum_failover`; on one it is as safe as its disk.
 
 use std::{env, process::ExitCode, time::Duration};
 

@@ -353,3 +353,33 @@ pub fn text(record: &OwnedMessage) -> (String, String) {
     };
     (text(record.key()), text(record.payload()))
 }
+
+/// Fails unless so many brokers are known.
+///
+/// # Errors
+///
+/// If there are fewer, or none answers.
+pub async fn brokers(address: &str, count: usize) -> Result<()> {
+    let client = admin(address)?;
+    let metadata =
+        spawn_blocking(move || client.inner().fetch_metadata(None, PATIENCE))
+            .await??;
+    let known = metadata.brokers().len();
+    ensure!(known == count, "{known} brokers");
+    Ok(())
+}
+
+/// How many replicas of the topic's first partition are in sync.
+///
+/// # Errors
+///
+/// If no broker answers, or there is no such topic.
+pub async fn in_sync(address: &str, topic: &str) -> Result<usize> {
+    let client = admin(address)?;
+    let name = topic.to_owned();
+    let ask = move || client.inner().fetch_metadata(Some(&name), PATIENCE);
+    let metadata = spawn_blocking(ask).await??;
+    let topic = metadata.topics().first().context("no topic")?;
+    let partition = topic.partitions().first().context("no partition")?;
+    Ok(partition.isr().len())
+}
