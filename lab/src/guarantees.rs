@@ -76,18 +76,31 @@ pub enum Claim {
     AtLeastOnce,
     /// And its effect is there once, also if it is delivered more often.
     EffectivelyOnce,
+    /// What is acknowledged is not lost, and what has the same key has its first
+    /// effect in its order.
+    InOrder,
     /// Nothing: the same without what makes the promise true. It has to fail.
     Control,
+    /// The same without what keeps the order. It has to get out of order.
+    OrderControl,
 }
 
 impl Claim {
-    const ALL: [Self; 3] = [Self::AtLeastOnce, Self::EffectivelyOnce, Self::Control];
+    const ALL: [Self; 5] = [
+        Self::AtLeastOnce,
+        Self::EffectivelyOnce,
+        Self::InOrder,
+        Self::Control,
+        Self::OrderControl,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::AtLeastOnce => "at least once",
             Self::EffectivelyOnce => "effectively once",
+            Self::InOrder => "at least once, in order",
             Self::Control => "control",
+            Self::OrderControl => "control of the order",
         }
     }
 
@@ -96,7 +109,9 @@ impl Claim {
             (Language::English, claim) => claim.name(),
             (Language::Chinese, Self::AtLeastOnce) => "至少一次",
             (Language::Chinese, Self::EffectivelyOnce) => "效果恰好一次",
+            (Language::Chinese, Self::InOrder) => "至少一次，保序",
             (Language::Chinese, Self::Control) => "对照",
+            (Language::Chinese, Self::OrderControl) => "顺序的对照",
         }
     }
 }
@@ -164,11 +179,18 @@ impl Cell {
     ///
     /// If the counts do not keep the claim; or, of a control, if they do.
     pub fn holds(&self) -> Result<()> {
-        let Counts { lost, doubled, .. } = self.counts;
+        let Counts {
+            lost,
+            doubled,
+            reordered,
+            ..
+        } = self.counts;
         let kept = match self.claim {
             Claim::AtLeastOnce => lost == 0,
             Claim::EffectivelyOnce => lost == 0 && doubled == 0,
+            Claim::InOrder => lost == 0 && reordered == 0,
             Claim::Control => lost + doubled > 0,
+            Claim::OrderControl => reordered > 0,
         };
         ensure!(kept, "it should be {}: {self:?}", self.claim.name());
         Ok(())
@@ -302,7 +324,7 @@ fn recorded(root: &Path) -> Result<Vec<(PathBuf, Cell, String)>> {
         cells.push((file, cell, code));
     }
     let order = |cell: &Cell| {
-        let is_control = cell.claim == Claim::Control;
+        let is_control = matches!(cell.claim, Claim::Control | Claim::OrderControl);
         let name = (cell.pattern.clone(), is_control, cell.variant.clone());
         (name, cell.broker as usize, cell.fault)
     };
@@ -418,6 +440,10 @@ mod tests {
         };
         let lossy = Counts { lost: 1, ..good };
         let twice = Counts { doubled: 1, ..good };
+        let late = Counts {
+            reordered: 1,
+            ..good
+        };
         for (claim, counts, kept) in [
             (Claim::AtLeastOnce, good, true),
             (Claim::AtLeastOnce, twice, true),
@@ -425,6 +451,17 @@ mod tests {
             (Claim::EffectivelyOnce, good, true),
             (Claim::EffectivelyOnce, twice, false),
             (Claim::EffectivelyOnce, lossy, false),
+            (Claim::AtLeastOnce, late, true),
+            (Claim::EffectivelyOnce, late, true),
+            (Claim::InOrder, good, true),
+            (Claim::InOrder, twice, true),
+            (Claim::InOrder, lossy, false),
+            (Claim::InOrder, late, false),
+            (Claim::OrderControl, good, false),
+            (Claim::OrderControl, lossy, false),
+            (Claim::OrderControl, twice, false),
+            (Claim::OrderControl, late, true),
+            (Claim::Control, late, false),
             (Claim::Control, good, false),
             (Claim::Control, twice, true),
             (Claim::Control, lossy, true),

@@ -188,19 +188,20 @@ impl Published {
     }
 }
 
-/// Runs `publish FIRST LAST` until each of these messages is acknowledged: after an
+/// Runs `publish FIRST LAST`, with more words after them, until each of these messages is acknowledged: after an
 /// error it goes on with the one that it has no answer for.
 async fn publish(
     binary: String,
     variable: (&'static str, String),
-    first: u64,
-    last: u64,
+    (first, last): (u64, u64),
+    more: &[&str],
 ) -> Result<Published> {
     let mut published = Published::default();
     let all = async {
         let mut next = first;
         while next <= last {
-            let words = ["publish", &next.to_string(), &last.to_string()];
+            let (from, to) = (next.to_string(), last.to_string());
+            let words = [&["publish", from.as_str(), to.as_str()], more].concat();
             let ended = Example::start(&binary, &words, (variable.0, &variable.1))?
                 .end()
                 .await?;
@@ -232,13 +233,22 @@ async fn publish(
 
 /// For each fault, publishes a chunk of messages and does the fault meanwhile.
 pub async fn rounds(
+    publisher: (&str, (&'static str, String)),
+    strike: impl AsyncFnMut() -> Result<()>,
+) -> Result<Published> {
+    rounds_with(publisher, &[], strike).await
+}
+
+/// As [`rounds`], with more words for the publisher.
+pub async fn rounds_with(
     (binary, variable): (&str, (&'static str, String)),
+    more: &'static [&str],
     mut strike: impl AsyncFnMut() -> Result<()>,
 ) -> Result<Published> {
     let mut sum = Published::default();
     for round in 0..TIMES {
-        let (first, last) = (round * CHUNK + 1, (round + 1) * CHUNK);
-        let publisher = publish(binary.to_owned(), variable.clone(), first, last);
+        let chunk = (round * CHUNK + 1, (round + 1) * CHUNK);
+        let publisher = publish(binary.to_owned(), variable.clone(), chunk, more);
         let publishing = tokio::spawn(publisher);
         strike().await?;
         sum.add(publishing.await??);
@@ -257,8 +267,9 @@ pub async fn rounds_half_dead(
     for round in 0..TIMES {
         let (first, last) = (round * CHUNK + 1, (round + 1) * CHUNK);
         let middle = first + CHUNK / 2;
-        let half =
-            |first, last| publish(binary.to_owned(), variable.clone(), first, last);
+        let half = |first, last| {
+            publish(binary.to_owned(), variable.clone(), (first, last), &[])
+        };
         sum.add(half(first, middle - 1).await?);
         sum.add(worker.dead_while(half(middle, last)).await?);
         worker.prints("ready:").await?;
