@@ -5,6 +5,7 @@
 
 pub mod bridge;
 pub mod idempotent_consumer;
+pub mod ordered_partitions;
 pub mod pubsub;
 pub mod request_reply;
 pub mod task_queue;

@@ -8,5 +8,6 @@
 mod bridge;
 mod driver;
 mod idempotent_consumer;
+mod ordered_partitions;
 mod pubsub;
 mod transactional_outbox;

@@ -3,6 +3,7 @@
 mod bridge;
 mod common;
 mod idempotent_consumer;
+mod ordered_partitions;
 mod pubsub;
 mod request_reply;
 mod task_queue;
