@@ -2,6 +2,7 @@
 
 mod bridge;
 mod common;
+mod graceful_shutdown;
 mod idempotent_consumer;
 mod ordered_partitions;
 mod pubsub;
