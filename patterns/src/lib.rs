@@ -5,6 +5,7 @@
 
 pub mod bridge;
 pub mod graceful_shutdown;
+pub mod delayed_message;
 pub mod idempotent_consumer;
 pub mod ordered_partitions;
 pub mod pubsub;

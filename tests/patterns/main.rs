@@ -3,6 +3,7 @@
 mod bridge;
 mod common;
 mod graceful_shutdown;
+mod delayed_message;
 mod idempotent_consumer;
 mod ordered_partitions;
 mod pubsub;
