@@ -11,4 +11,5 @@ pub mod ordered_partitions;
 pub mod pubsub;
 pub mod request_reply;
 pub mod task_queue;
+pub mod trace_propagation;
 pub mod transactional_outbox;

@@ -12,4 +12,5 @@ mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;
 mod task_queue_rabbitmq;
+mod trace_propagation;
 mod transactional_outbox;

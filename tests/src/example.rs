@@ -263,9 +263,27 @@ impl Ended {
     ///
     /// With both texts, if they differ.
     pub fn printed_what_the_book_shows(&self, experiment: &str) -> Result<()> {
+        let printed = format!("{}{}", self.stdout, self.stderr);
+        self.printed_as_the_book_shows(experiment, &printed)
+    }
+
+    /// As [`Self::printed_what_the_book_shows`], with placeholders where this pattern
+    /// has them: for what differs from run to run.
+    ///
+    /// # Errors
+    ///
+    /// With both texts, if they differ.
+    pub fn printed_as_the_book_shows(
+        &self,
+        experiment: &str,
+        pattern: &str,
+    ) -> Result<()> {
         let name = format!("{}.{experiment}", self.name);
         let printed = format!("{}{}", self.stdout, self.stderr);
-        recorded(&name, &printed, &printed)
+        header::compare(pattern, &printed)
+            .map_err(Error::msg)
+            .with_context(|| name.clone())?;
+        recorded(&name, pattern, &printed)
     }
 
     /// The one line on stderr of an example that failed: not a panic, not a back
