@@ -4,8 +4,8 @@
 //! a decision is in `src/bin/<pattern>_<broker>.rs`.
 
 pub mod bridge;
-pub mod graceful_shutdown;
 pub mod delayed_message;
+pub mod graceful_shutdown;
 pub mod idempotent_consumer;
 pub mod ordered_partitions;
 pub mod pubsub;

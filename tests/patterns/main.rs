@@ -2,8 +2,8 @@
 
 mod bridge;
 mod common;
-mod graceful_shutdown;
 mod delayed_message;
+mod graceful_shutdown;
 mod idempotent_consumer;
 mod ordered_partitions;
 mod pubsub;
