@@ -6,11 +6,11 @@ use std::{collections::HashSet, time::Duration};
 use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream::consumer::PullConsumer;
 use lab::broker::Broker;
-use patterns::graceful_shutdown::{Hold, MailServer, mail};
+use patterns::graceful_shutdown::{Hold, MailServer, mail, send};
 use tests::{Example, observe, wait};
 use tokio::{sync::Mutex, time::timeout, try_join};
 
-use crate::common::Pattern;
+use crate::common::{Pattern, nowhere};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_graceful_shutdown_kafka"),
@@ -213,6 +213,31 @@ async fn a_rolling_deploy_sends_each_mail_once_and_gives_none_back() -> Result<(
     .await
 }
 
+/// Eight are delivered and four of them begun. Kafka and NATS hand out none that is
+/// not begun.
+#[tokio::test]
+async fn what_rabbitmq_has_delivered_and_nobody_begun_is_finished() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let rabbitmq = Broker::RabbitMq;
+    let shop = Shop::open(rabbitmq, 12, Duration::ZERO, Hold::Everybody).await?;
+    let mut worker = shop.worker(&[]).await?;
+    shop.came(AT_ONCE).await?;
+    shop.has_left(4).await?;
+    worker.terminate().await?;
+    worker.prints("stop:    4 being sent").await?;
+    shop.server.hold(Hold::Nobody);
+    let ended = worker.end().await?.succeeded()?;
+    let stopped = ended.stdout.lines().last();
+    let expected = "stopped: sent 8, 0 of them delivered before; given back 0";
+    assert_eq!(stopped, Some(expected));
+    shop.has_left(4).await?;
+    let next = shop.worker(&[]).await?;
+    shop.all_came().await?;
+    assert_eq!(shop.stop(next).await?, 4);
+    assert_eq!(shop.twice(), HashSet::new());
+    shop.has_left(0).await
+}
+
 /// Ends a worker in the middle of four mails: the next one hands over exactly these
 /// four again.
 async fn ended_in_the_middle(
@@ -385,6 +410,38 @@ async fn without_a_mail_server_it_gives_back_and_says_so() -> Result<()> {
         Ok(())
     })
     .await
+}
+
+/// The one of the programs, for trying it by hand.
+#[tokio::test]
+async fn the_mail_server_says_what_it_was_handed_before() -> Result<()> {
+    for (broker, binary) in PATTERN.binaries() {
+        let variables = [
+            (broker.address_var(), nowhere(broker)),
+            ("MAIL_SERVER", "127.0.0.1:0"),
+        ];
+        let mut server = Example::start_with(binary, &["mail-server"], &variables)?;
+        let ready = server.prints("ready:   mail server at ").await?;
+        let address = ready.trim_start_matches("ready:   mail server at ");
+        let address = address.trim_end_matches(", Ctrl-C to stop").to_owned();
+        for mail in ["mail-1", "mail-2", "mail-1"] {
+            send(&address, mail).await?;
+        }
+        server
+            .prints("mail:    mail-1, not for the first time")
+            .await?;
+        let taken = [("MAIL_SERVER", address.as_str())];
+        let second = Example::start_with(binary, &["mail-server"], &taken)?;
+        let second = second.end().await?;
+        let line = second.one_line_error()?;
+        ensure!(line.contains("cannot listen at"), "{line}");
+        server.interrupt().await?;
+        let lines = server.end().await?.succeeded()?.stdout;
+        let expected = "mail:    mail-1\nmail:    mail-2\n\
+                        mail:    mail-1, not for the first time\nstopped\n";
+        ensure!(lines.ends_with(expected), "{lines}");
+    }
+    Ok(())
 }
 
 #[tokio::test]
