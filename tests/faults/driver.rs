@@ -343,7 +343,7 @@ impl Places {
                         .await?;
                 Ok(u64::try_from(lag)?)
             }
-            Broker::RabbitMq => queue_length(broker, self.queue).await,
+            Broker::RabbitMq => held(broker, &[self.queue]).await,
             Broker::Nats => {
                 let jetstream = observe::nats::jetstream(address).await?;
                 let mut stream = jetstream.get_stream(self.stream).await?;
@@ -401,14 +401,18 @@ impl Places {
     }
 }
 
-/// How many messages a RabbitMQ queue holds, those on their way to a consumer among
+/// How many messages these RabbitMQ queues hold, those on their way to a consumer among
 /// them. The management API would be quicker, and tells what was true some seconds ago.
-async fn queue_length(broker: &TestBroker, queue: &str) -> Result<u64> {
+pub async fn held(broker: &TestBroker, queues: &[&str]) -> Result<u64> {
     // Those that wait for a consumer: quickly told, and mostly enough.
-    let ready = observe::rabbitmq::ready(broker.address(), queue).await?;
+    let mut ready = 0;
+    for queue in queues {
+        ready += observe::rabbitmq::ready(broker.address(), queue).await?;
+    }
     if ready > 0 {
         return Ok(u64::from(ready));
     }
+    // Starts a runtime of Erlang, so once for all of them.
     let words = [
         "list_queues",
         "--quiet",
@@ -416,12 +420,17 @@ async fn queue_length(broker: &TestBroker, queue: &str) -> Result<u64> {
         "name",
         "messages",
     ];
-    let queues = broker.rabbitmqctl(&words).await?;
-    let line = queues.lines().find_map(|line| {
-        let (name, count) = line.split_once('\t')?;
-        (name == queue).then_some(count)
-    });
-    Ok(line.context("no such queue")?.trim().parse()?)
+    let printed = broker.rabbitmqctl(&words).await?;
+    let lengths: HashMap<&str, &str> = printed
+        .lines()
+        .filter_map(|line| line.split_once('\t'))
+        .collect();
+    let mut sum = 0;
+    for queue in queues {
+        let length = lengths.get(queue).context("no such queue")?;
+        sum += length.trim().parse::<u64>()?;
+    }
+    Ok(sum)
 }
 
 /// Says what was counted, and writes it down or compares it with what is.

@@ -19,7 +19,7 @@ use tests::{Supervised, TestBroker, wait};
 use tokio::time::sleep;
 
 use crate::driver::{
-    CHUNK, Places, Scene, TIMES, cells, reordered, rounds_with, tell,
+    CHUNK, Places, Scene, TIMES, cells, held, reordered, rounds_with, tell,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -80,14 +80,7 @@ const UNORDERED: Places = Places {
 async fn waiting(broker: &TestBroker, name: Broker, claim: Claim) -> Result<u64> {
     match (name, claim) {
         (_, OrderControl) => UNORDERED.waiting(broker, name).await,
-        (Broker::RabbitMq, _) => {
-            let mut sum = 0;
-            for queue in QUEUES {
-                let places = Places { queue, ..PLACES };
-                sum += places.waiting(broker, name).await?;
-            }
-            Ok(sum)
-        }
+        (Broker::RabbitMq, _) => held(broker, &QUEUES).await,
         _ => PLACES.waiting(broker, name).await,
     }
 }
@@ -142,8 +135,9 @@ async fn under(broker: Broker, claim: Claim) -> Result<()> {
                 worker.look_after().await?;
             }
             let missing = missing(&file, last)?;
+            ensure!(missing == 0, "{missing} are left");
             let waiting = waiting(&scene.broker, broker, claim).await?;
-            ensure!(missing + waiting == 0, "{missing} and {waiting} are left");
+            ensure!(waiting == 0, "{waiting} are not acknowledged");
             Ok(())
         },
     )
