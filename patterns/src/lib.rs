@@ -9,6 +9,7 @@ pub mod delayed_message;
 pub mod graceful_shutdown;
 pub mod idempotent_consumer;
 pub mod ordered_partitions;
+pub mod poison_message;
 pub mod pubsub;
 pub mod request_reply;
 pub mod task_queue;

@@ -7,6 +7,7 @@ mod delayed_message;
 mod graceful_shutdown;
 mod idempotent_consumer;
 mod ordered_partitions;
+mod poison_message;
 mod pubsub;
 mod request_reply;
 mod task_queue;
