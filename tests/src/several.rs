@@ -55,7 +55,7 @@ struct Running {
 /// None in a container.
 enum Process {
     New(Start),
-    Known(native::Server),
+    Known(Box<native::Server>),
 }
 
 enum Place {
@@ -163,7 +163,7 @@ impl Several {
         for (node, starting) in self.nodes.iter_mut().zip(starting) {
             let server = starting.await?;
             let server = server.with_context(|| said(&node.name))?;
-            node.process = Some(Process::Known(server));
+            node.process = Some(Process::Known(Box::new(server)));
         }
         Ok(())
     }
@@ -186,7 +186,7 @@ impl Several {
             return started.with_context(|| said(name));
         }
         let server = self.first_start(at)?.await?.with_context(|| said(name))?;
-        self.nodes[at].process = Some(Process::Known(server));
+        self.nodes[at].process = Some(Process::Known(Box::new(server)));
         Ok(())
     }
 
