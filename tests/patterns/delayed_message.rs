@@ -35,6 +35,7 @@ const PATTERN: Pattern = Pattern {
         "reminders.planned-2s",
         "reminders.planned-4s",
         "reminders.planned-10s",
+        "reminders.planned-20s",
     ],
     streams: &["PAYMENT_REMINDERS"],
 };
@@ -46,7 +47,7 @@ const DUE_QUEUE: &str = "reminders.due";
 const STREAM: &str = "PAYMENT_REMINDERS";
 
 /// In milliseconds. Long enough for a slow machine to cancel before it is over.
-const DELAY: i64 = 10_000;
+const DELAY: i64 = 20_000;
 /// So much later than its time a reminder may come on a loaded machine.
 const TOLERANCE: i64 = 20_000;
 
@@ -151,7 +152,7 @@ async fn plan_and_cancel(
     paid: &str,
 ) -> Result<i64> {
     let before = now();
-    let planned = run(binary, &["plan", "1", "3", "10"], variable).await?;
+    let planned = run(binary, &["plan", "1", "3", "20"], variable).await?;
     assert_eq!(planned.stdout.matches("planned:").count(), 3);
     let words = match broker {
         Broker::RabbitMq => vec!["cancel", "2", paid],
@@ -197,9 +198,9 @@ async fn comes_in_time(
     run(binary, &["plan", "5", "5", "3600"], variable).await?;
     let before = plan_and_cancel(broker, binary, variable, "").await?;
     still_waiting(before)?;
-    run(binary, &["plan", "5", "5", "10"], variable).await?;
+    run(binary, &["plan", "5", "5", "20"], variable).await?;
     // Due after all the others.
-    run(binary, &["plan", "6", "6", "12"], variable).await?;
+    run(binary, &["plan", "6", "6", "22"], variable).await?;
     let arrivals = due_until(broker, variable.1, "invoice-6").await?;
     let expected = ["invoice-1", "invoice-3", "invoice-5", "invoice-6"];
     assert_eq!(invoices(&arrivals), expected, "{broker:?}");
@@ -315,7 +316,7 @@ async fn outlives_kafka() -> Result<()> {
     kafka.kill().await?;
     still_waiting(before)?;
     kafka.restart().await?;
-    run(binary, &["plan", "6", "6", "10"], variable).await?;
+    run(binary, &["plan", "6", "6", "20"], variable).await?;
     scheduler.prints("published: invoice-6").await?;
     let arrivals = due_until(Broker::Kafka, &address, "invoice-6").await?;
     came_late_enough(&arrivals, before)?;
@@ -338,7 +339,7 @@ async fn outlives_nats() -> Result<()> {
     })
     .await?;
     nats.restart().await?;
-    run(binary, &["plan", "6", "6", "10"], variable).await?;
+    run(binary, &["plan", "6", "6", "20"], variable).await?;
     let arrivals = due_until(Broker::Nats, &address, "invoice-6").await?;
     came_late_enough(&arrivals, before)
 }
@@ -431,7 +432,7 @@ async fn killed_while_it_waits(
     let words = ["schedule", table];
     let mut first = Example::start(binary, &words, variable)?;
     first.prints("ready:").await?;
-    run(binary, &["plan", "1", "1", "10"], variable).await?;
+    run(binary, &["plan", "1", "1", "20"], variable).await?;
     let before = now();
     first.prints("planned:   invoice-1").await?;
     if table == "--in-memory" {
@@ -452,7 +453,7 @@ async fn killed_while_it_waits(
     let mut second = Example::start(binary, &words, variable)?;
     second.prints("ready:").await?;
     // Due after invoice 1.
-    run(binary, &["plan", "2", "2", "10"], variable).await?;
+    run(binary, &["plan", "2", "2", "20"], variable).await?;
     second.prints("published: invoice-2").await?;
     second.interrupt().await?;
     second.end().await?.succeeded()
@@ -497,7 +498,7 @@ async fn cancelled_while_the_scheduler_is_down_it_never_comes() -> Result<()> {
     let mut first = Example::start(binary, &words, variable)?;
     first.prints("ready:").await?;
     let before = now();
-    run(binary, &["plan", "1", "8", "10"], variable).await?;
+    run(binary, &["plan", "1", "8", "20"], variable).await?;
     wait::until("eight plans in the table", async || {
         let count = "SELECT count(*) FROM reminders";
         let database = Connection::open(&file)?;
@@ -631,7 +632,8 @@ async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
     let variable = (broker.address_var(), nowhere(broker));
     let words = ["plan", "1", "9", "7"];
     let ended = Example::start(binary, &words, variable)?.end().await?;
-    ended.refused("no queue waits for 7 s; there are queues for [1, 2, 4, 10]")?;
+    ended
+        .refused("no queue waits for 7 s; there are queues for [1, 2, 4, 10, 20]")?;
 
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("shop.db");

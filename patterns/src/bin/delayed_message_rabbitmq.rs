@@ -77,7 +77,7 @@ const STORY: Place = Place {
 };
 /// The delays that there are, in seconds, with a queue for each. In production, some
 /// days: the queues are named after them.
-const DELAYS: [u64; 4] = [1, 2, 4, 10];
+const DELAYS: [u64; 5] = [1, 2, 4, 10, 20];
 /// Where the mistake puts all delays together.
 const ONE_QUEUE: &str = "reminders.planned-mixed";
 /// Where what nobody can read is kept.
