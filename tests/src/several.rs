@@ -139,8 +139,8 @@ impl Several {
     /// Starts a server, or starts it again after [`Self::kill`], with its data, and
     /// returns when it serves clients.
     pub(crate) async fn start(&mut self, name: &str) -> Result<()> {
-        self.begin(name).await?;
-        self.ready(name).await
+        self.begin(name).await.with_context(|| said(name))?;
+        self.ready(name).await.with_context(|| said(name))
     }
 
     /// As [`Self::start`], all of them at once: each may wait for the others.
@@ -149,10 +149,10 @@ impl Several {
             let names: Vec<_> =
                 self.nodes.iter().map(|node| node.name.clone()).collect();
             for name in &names {
-                self.begin(name).await?;
+                self.begin(name).await.with_context(|| said(name))?;
             }
             for name in &names {
-                self.ready(name).await?;
+                self.ready(name).await.with_context(|| said(name))?;
             }
             return Ok(());
         }
@@ -173,7 +173,7 @@ impl Several {
         let at = self.at(name)?;
         if let Place::Container { id, .. } = &self.place {
             let stopped = self.in_container(name, "[ ! -f $0.pid ]").await;
-            ensure!(stopped.is_ok(), "{name} runs already");
+            ensure!(stopped.is_ok(), "it runs already");
             let command = ["sh", "-c", START, name, &self.nodes[at].command];
             let exec = ["exec", "--detach", "--user", "root"];
             let place = ["--workdir", FOLDER, id];
@@ -182,10 +182,9 @@ impl Several {
             return Ok(());
         }
         if let Some(Process::Known(server)) = &mut self.nodes[at].process {
-            let started = block_in_place(|| server.restart());
-            return started.with_context(|| said(name));
+            return block_in_place(|| server.restart());
         }
-        let server = self.first_start(at)?.await?.with_context(|| said(name))?;
+        let server = self.first_start(at)?.await??;
         self.nodes[at].process = Some(Process::Known(Box::new(server)));
         Ok(())
     }
@@ -219,10 +218,9 @@ impl Several {
             ensure!(ended || ready, "its log ends:{}", shell::tail(&log));
             Ok(ended.then_some(log))
         })
-        .await
-        .with_context(|| said(name))?;
+        .await?;
         match ended {
-            Some(log) => bail!("{name} ended while starting{}", shell::tail(&log)),
+            Some(log) => bail!("it ended while starting{}", shell::tail(&log)),
             None => Ok(()),
         }
     }
