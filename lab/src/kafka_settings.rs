@@ -81,6 +81,9 @@ pub struct KafkaSettings {
     listeners: Vec<(String, u16)>,
     /// The name of the one between brokers.
     inside: String,
+    /// The controllers of the cluster; none if it is one node alone. Not from the
+    /// text, where a reader needs the ports of that text.
+    voters: Option<String>,
 }
 
 /// Who may reach the listeners for clients.
@@ -132,6 +135,7 @@ impl KafkaSettings {
             text: text.to_owned(),
             listeners,
             inside,
+            voters: None,
         })
     }
 
@@ -151,15 +155,13 @@ impl KafkaSettings {
             .collect();
         let voters = voters.join(",");
         let nodes = std::array::from_fn(|at| Self {
-            text: format!(
-                "{text}\nnode.id={}\ncontroller.quorum.voters={voters}\n",
-                at + 1
-            ),
+            text: format!("{text}\nnode.id={}\n", at + 1),
             listeners: vec![
                 ("PLAINTEXT".to_owned(), ports[at]),
                 (CONTROLLER.to_owned(), controllers[at]),
             ],
             inside: "PLAINTEXT".to_owned(),
+            voters: Some(voters.clone()),
         });
         Ok(nodes)
     }
@@ -184,7 +186,7 @@ impl KafkaSettings {
         }
         let controller = self.port_of(CONTROLLER).unwrap_or_default();
         let alone = format!("1@127.0.0.1:{controller}");
-        let voters = last(&self.text, "controller.quorum.voters");
+        let voters = self.voters.as_ref();
         format!(
             "{SINGLE_NODE}\n{}\n# What this start decides.\nlisteners={}\n\
              advertised.listeners={}\ncontroller.quorum.voters={}\n\
@@ -337,6 +339,7 @@ mod tests {
 #   kafka-acls.sh --bootstrap-server localhost:1 --add --topic '*'
 listeners=CLIENTS://localhost:9094,INSIDE://localhost:9092,CONTROLLER://:9093
 inter.broker.listener.name=INSIDE
+controller.quorum.voters=1@localhost:9093
 ssl.client.auth=required
 ";
 
@@ -358,6 +361,8 @@ ssl.client.auth=required
         let told =
             format!("CLIENTS://localhost:{clients},INSIDE://localhost:{inside}");
         assert_eq!(last(&text, "advertised.listeners"), Some(told.as_str()));
+        let voters = format!("1@127.0.0.1:{controller}");
+        assert_eq!(last(&text, "controller.quorum.voters"), Some(&*voters));
         assert_eq!(last(&text, "ssl.client.auth"), Some("required"));
         assert_eq!(last(&text, "node.id"), Some("1"));
         Ok(())
