@@ -230,7 +230,13 @@ impl TestBroker {
     /// If the broker is not running.
     pub async fn freeze(&self) -> Result<()> {
         match &self.process {
-            Process::Container { id, .. } => docker(&["pause", id]).await.map(drop),
+            // On a loaded machine now and then "unable to freeze", and all goes on.
+            Process::Container { id, .. } => {
+                wait::until("the broker to be frozen", async || {
+                    docker(&["pause", id]).await.map(drop)
+                })
+                .await
+            }
             Process::Native(server) => block_in_place(|| server.signal("STOP")),
         }
     }
