@@ -49,10 +49,10 @@ struct Running {
     command: String,
     /// How often it was started: a log has as many lines that it is ready.
     starts: usize,
+    /// None in a container.
     process: Option<Process>,
 }
 
-/// None in a container.
 enum Process {
     New(Start),
     Known(Box<native::Server>),

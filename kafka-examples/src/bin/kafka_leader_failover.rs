@@ -205,13 +205,16 @@ async fn ensure_topic(brokers: &str) -> Result<Admin> {
         let asking = Arc::clone(&admin);
         let ask = move || asking.inner().fetch_metadata(None, PATIENCE);
         let metadata = spawn_blocking(ask).await?.map_err(|error| {
-            anyhow!("no Kafka at {brokers} ({error}); start three: {HOW}")
+            anyhow!(
+                "no Kafka at {brokers} ({error}); it needs three brokers, and cargo \
+                 lab up kafka starts one: {HOW}"
+            )
         })?;
         let found = metadata.topics().iter().find(|it| it.name() == TOPIC);
         if let Some(partition) = found.and_then(|it| it.partitions().first()) {
             let replicas = partition.replicas().len();
             ensure!(
-                replicas == 3,
+                i32::try_from(replicas) == Ok(REPLICAS),
                 "{TOPIC} is there with {replicas} replicas; delete it first"
             );
             return Ok(admin);

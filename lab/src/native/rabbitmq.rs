@@ -15,7 +15,7 @@ use crate::{packages, progress, shell, workspace};
 const OLDEST: [u32; 2] = [3, 10];
 
 /// What the log says when clients are served.
-pub(crate) const READY: &str = "Server startup complete";
+const READY: &str = "Server startup complete";
 
 /// Where packages put the server itself. The program of the same name in `PATH`
 /// may be a wrapper that serves only root and the user `rabbitmq`.

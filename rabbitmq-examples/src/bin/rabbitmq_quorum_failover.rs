@@ -264,27 +264,40 @@ struct Link {
 }
 
 // ANCHOR: connect
-/// To the first node that answers.
+/// To the first node that takes it.
 async fn connect(nodes: &[AMQPUri]) -> Result<Link> {
-    let mut reasons = Vec::new();
+    let (mut absent, mut refused) = (Vec::new(), None);
     for node in nodes {
-        let place = format!("{}:{}", node.authority.host, node.authority.port);
-        match timeout(PATIENCE, link(node.clone(), place.clone())).await {
+        let place = format!(
+            "{}:{}, vhost {:?}",
+            node.authority.host, node.authority.port, node.vhost
+        );
+        match timeout(PATIENCE, link(node.clone())).await {
             Ok(Ok(link)) => return Ok(link),
             Ok(Err(error)) if error.is_io_error() => {
-                reasons.push(format!("{place} ({error})"));
+                absent.push(format!("no RabbitMQ at {place} ({error})"));
             }
-            Ok(Err(error)) => bail!(
-                "RabbitMQ at {place} refuses the connection ({error}); check user, \
-                 password and vhost in AMQP_URL"
-            ),
-            Err(_elapsed) => reasons.push(format!("{place} (no answer)")),
+            // A node that is just starting refuses too, so the others are asked first.
+            Ok(Err(error)) => refused = Some((place, error)),
+            Err(_elapsed) => {
+                absent.push(format!("no answer from RabbitMQ at {place}"));
+            }
         }
     }
-    bail!("no RabbitMQ at {}; start three: {HOW}", reasons.join(", "))
+    if let Some((place, error)) = refused {
+        bail!(
+            "RabbitMQ at {place} refuses the connection ({error}); check user, \
+             password and vhost in AMQP_URL"
+        );
+    }
+    bail!(
+        "{}; it needs three nodes, and cargo lab up rabbitmq starts one: {HOW}",
+        absent.join(", ")
+    )
 }
 
-async fn link(node: AMQPUri, place: String) -> lapin::Result<Link> {
+async fn link(node: AMQPUri) -> lapin::Result<Link> {
+    let place = format!("{}:{}", node.authority.host, node.authority.port);
     let properties = ConnectionProperties::default();
     let connection = Connection::connect_uri(node, properties).await?;
     let channel = connection.create_channel().await?;
