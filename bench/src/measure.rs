@@ -384,8 +384,22 @@ pub fn rate_of_example(printed: &str, word: &str, expected: u64) -> Result<Value
     Ok(Values::from([(Measure::Rate, number(rate.0)?)]))
 }
 
+/// Reads `answered: 1000 requests of 128 B in 0.5 s (p50 200 us, p99 400 us)`.
+pub fn latencies_of_example(printed: &str, expected: u64) -> Result<Values> {
+    let line = line_of_example(printed, "answered", expected)?;
+    let after = |mark: &str| -> Result<f64> {
+        let (_, rest) = line.split_once(mark).context("no percentile")?;
+        let (value, _) = rest.split_once(" us").context("no unit")?;
+        number(value)
+    };
+    Ok(Values::from([
+        (Measure::P50, after("p50 ")?),
+        (Measure::P99, after("p99 ")?),
+    ]))
+}
+
 /// The last line that begins with this word, if it counts what was asked for.
-pub fn line_of_example<'a>(
+fn line_of_example<'a>(
     printed: &'a str,
     word: &str,
     expected: u64,
@@ -421,6 +435,16 @@ mod tests {
             "ready: x\npublished: 1000 messages of 128 B in 0.5 s (2000 msg/s)\n";
         let values = rate_of_example(printed, "published", 1000)?;
         assert_eq!(values, Values::from([(Measure::Rate, 2000.0)]));
+        Ok(())
+    }
+
+    #[test]
+    fn the_latencies_of_an_example_are_read() -> Result<()> {
+        let printed =
+            "answered: 10 requests of 128 B in 1.0 s (p50 200 us, p99 400 us)\n";
+        let values = latencies_of_example(printed, 10)?;
+        let expected = [(Measure::P50, 200.0), (Measure::P99, 400.0)];
+        assert_eq!(values, Values::from(expected));
         Ok(())
     }
 

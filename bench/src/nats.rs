@@ -8,7 +8,7 @@ use lab::{shell, tools};
 use crate::{
     measure::{
         Before, Bench, Beside, Context, Plan, Printed, SIZE, Task, Values,
-        line_of_example, locked_version, number, rate_of_example, versions,
+        latencies_of_example, locked_version, number, rate_of_example, versions,
     },
     process::Call,
     report::{Measure, Text, Versions},
@@ -389,20 +389,6 @@ impl Nats<'_> {
     }
 }
 
-/// Reads `answered: 1000 requests of 128 B in 0.5 s (p50 200 us, p99 400 us)`.
-fn latencies_of_example(printed: &str, expected: u64) -> Result<Values> {
-    let line = line_of_example(printed, "answered", expected)?;
-    let after = |mark: &str| -> Result<f64> {
-        let (_, rest) = line.split_once(mark).context("no percentile")?;
-        let (value, _) = rest.split_once(" us").context("no unit")?;
-        number(value)
-    };
-    Ok(Values::from([
-        (Measure::P50, after("p50 ")?),
-        (Measure::P99, after("p99 ")?),
-    ]))
-}
-
 /// Reads `NATS ... stats: 3,656,594 msgs/sec ~ 446 MiB/sec ~ ...`.
 fn rate_of_tool(printed: &str) -> Result<Values> {
     let stats = stats_of_tool(printed)?;
@@ -438,16 +424,6 @@ fn stats_of_tool(printed: &str) -> Result<&str> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_line_of_an_example_is_read() -> Result<()> {
-        let printed =
-            "answered: 10 requests of 128 B in 1.0 s (p50 200 us, p99 400 us)\n";
-        let values = latencies_of_example(printed, 10)?;
-        let expected = [(Measure::P50, 200.0), (Measure::P99, 400.0)];
-        assert_eq!(values, Values::from(expected));
-        Ok(())
-    }
 
     /// As natscli 0.5.1 prints them.
     #[test]

@@ -1,23 +1,34 @@
 //! RabbitMQ: its cases, and PerfTest, the tool of its makers.
 
-use std::path::PathBuf;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
 
-use anyhow::{Context as _, Result};
-use lab::{native, tools};
+use anyhow::{Context as _, Result, ensure};
+use lab::{native, packages, shell, tools, workspace};
 
 use crate::{
     measure::{
-        Before, Bench, Context, Plan, SIZE, Task, Values, locked_version, number,
-        rate_of_example, versions,
+        Before, Bench, Beside, Context, Plan, SIZE, Task, Values,
+        latencies_of_example, locked_version, number, rate_of_example, versions,
     },
     process::Call,
     report::{Measure, Text, Versions},
 };
 
-pub const EXAMPLES: &[&str] = &[PIPELINED, THROUGHPUT];
+pub const EXAMPLES: &[&str] = &[PIPELINED, THROUGHPUT, LATENCY];
 
 const PIPELINED: &str = "rabbitmq_confirms_pipelined";
 const THROUGHPUT: &str = "rabbitmq_consumer_throughput";
+const LATENCY: &str = "rabbitmq_rpc_latency";
+
+/// The other side of the latencies, which PerfTest does not measure.
+const JAVA_LATENCY: &str = include_str!("../java/RpcLatency.java");
+/// How many requests a second, where they come by the clock.
+const RATE: u32 = 1000;
 
 /// The queues of the two examples, which the tool uses too.
 const PUBLISHED: &str = "confirms.pipelined.payments";
@@ -41,6 +52,7 @@ pub fn bench(context: &Context<'_>) -> Result<(Bench, Versions)> {
         context,
         java: native::java()?,
         classes: jars.join("*"),
+        latency: compile(&jars, context.yes)?,
     }
     .tasks();
     // Each sample begins with an example that empties its queue.
@@ -57,6 +69,8 @@ struct RabbitMq<'a> {
     context: &'a Context<'a>,
     java: PathBuf,
     classes: PathBuf,
+    /// The folder with what [`JAVA_LATENCY`] was compiled to.
+    latency: PathBuf,
 }
 
 impl RabbitMq<'_> {
@@ -87,6 +101,8 @@ impl RabbitMq<'_> {
                 way: "multiple",
                 target: Some(1.3),
             }),
+            self.request(),
+            self.request_at_a_rate(),
         ]
     }
 
@@ -98,12 +114,20 @@ impl RabbitMq<'_> {
             "--queue",
             queue,
         ];
-        let mut call = self.context.call(&self.java, &[&fixed, words].concat());
+        self.java(&[&fixed, words].concat())
+    }
+
+    fn java(&self, words: &[&str]) -> Call {
+        let mut call = self.context.call(&self.java, words);
         // By the environment: a reader's path and address are others.
-        let classes = self.classes.to_string_lossy().into_owned();
+        let classes = [&self.classes, &self.latency];
+        let classes = classes.map(|path| path.to_string_lossy());
+        let address = self.context.address.to_owned();
         call.environment = vec![
-            ("CLASSPATH".to_owned(), classes),
-            ("URI".to_owned(), self.context.address.to_owned()),
+            ("CLASSPATH".to_owned(), classes.join(CLASS_PATH_SEPARATOR)),
+            // Of PerfTest, and of ours.
+            ("URI".to_owned(), address.clone()),
+            ("AMQP_URL".to_owned(), address),
         ];
         call
     }
@@ -223,6 +247,113 @@ impl RabbitMq<'_> {
             },
         }
     }
+
+    fn request(&self) -> Task {
+        let settings = Text::new(
+            "each question as soon as the last is answered",
+            "上一个有了应答，立即发下一个",
+        );
+        let title = Text::new(
+            "RPC by direct reply-to, beside the Java client",
+            "direct reply-to 的 RPC，对比 Java 客户端",
+        );
+        self.requests("rpc", title, settings, self.context.messages(20_000), None)
+    }
+
+    fn request_at_a_rate(&self) -> Task {
+        let settings = Text::new(
+            &format!(
+                "{RATE} questions a second, measured on both sides from the moment a \
+                 question was due"
+            ),
+            &format!("每秒 {RATE} 个问题，两边都从问题该发出的时刻算起"),
+        );
+        let title = Text::new(
+            &format!("The same, {RATE} a second"),
+            &format!("同上，每秒 {RATE} 个"),
+        );
+        let count = self.context.messages(5000);
+        self.requests("rpc-rate", title, settings, count, Some(RATE))
+    }
+
+    fn requests(
+        &self,
+        id: &'static str,
+        title: Text,
+        settings: Text,
+        messages: u64,
+        rate: Option<u32>,
+    ) -> Task {
+        let mut words = vec!["direct".to_owned(), messages.to_string()];
+        words.extend(rate.map(|rate| rate.to_string()));
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        let beside = |call| {
+            Some(Beside {
+                call,
+                ready: "ready: ",
+                settle: Duration::ZERO,
+                ends: false,
+            })
+        };
+        let settings = Text::new(
+            &format!(
+                "a classic queue, nothing stored, no acknowledgements; {}; the other \
+                 side is `RpcClient` of the Java client, after 5000 questions to warm \
+                 up",
+                settings.en
+            ),
+            &format!(
+                "classic 队列，不落盘，不确认；{}；另一边是 Java 客户端的 \
+                 `RpcClient`，先预热 5000 个问题",
+                settings.zh
+            ),
+        );
+        Task {
+            id,
+            title,
+            settings,
+            messages,
+            target: None,
+            example: LATENCY,
+            rust: Plan {
+                before: vec![],
+                beside: beside(self.context.example(LATENCY, &["responder"])),
+                call: self.context.example(LATENCY, &words),
+                read: Box::new(move |printed| {
+                    latencies_of_example(&printed.call, messages)
+                }),
+            },
+            tool: Plan {
+                before: vec![],
+                beside: beside(self.java(&["RpcLatency", "responder"])),
+                call: self.java(&[&["RpcLatency"], &words[..]].concat()),
+                read: Box::new(move |printed| {
+                    latencies_of_example(&printed.call, messages)
+                }),
+            },
+        }
+    }
+}
+
+/// Between the entries of Java's class path.
+const CLASS_PATH_SEPARATOR: &str = if cfg!(windows) { ";" } else { ":" };
+
+/// Compiles [`JAVA_LATENCY`] with the jars of PerfTest, in which the Java client is.
+fn compile(jars: &Path, yes: bool) -> Result<PathBuf> {
+    let folder = workspace::cache().join("rpc-latency");
+    let source = folder.join("RpcLatency.java");
+    fs::create_dir_all(&folder)?;
+    fs::write(&source, JAVA_LATENCY)?;
+    if shell::which("javac").is_none() {
+        ensure!(yes, "javac is missing; run again with --yes");
+        packages::install(&["default-jdk-headless"])?;
+    }
+    let mut javac = Command::new("javac");
+    // The oldest Java that is taken to run it.
+    javac.args(["--release", "17", "-d"]).arg(&folder);
+    javac.arg("-cp").arg(jars.join("*")).arg(&source);
+    shell::run(&mut javac)?;
+    Ok(folder)
 }
 
 /// A way of consuming.

@@ -17,6 +17,7 @@ mod quorum_queue;
 mod recovery;
 mod routing;
 mod rpc;
+mod rpc_latency;
 mod stream;
 mod stream_offsets;
 mod throughput;
