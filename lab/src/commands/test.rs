@@ -62,13 +62,16 @@ enum Part {
     Book,
 }
 
-/// How many of the tests of NATS run at a time. Most of them wait for time limits
-/// of their own servers, so there may be more than the machine has cores.
+/// How many tests of a part run at a time. Most of them wait, for time limits and for
+/// brokers that come back, so there may be more than the machine has cores.
+const THREADS: &str = "4";
+
+/// The same for NATS, whose servers are small.
 const NATS_THREADS: &str = "6";
 
-/// How many faults are done at a time. Each has a broker of its own, and waits most of
-/// the time for it to come back.
-const FAULT_THREADS: &str = "4";
+/// The same for the patterns. The tests of one of them take turns, and come one after
+/// the other: with so many threads, about three patterns are tested at a time.
+const PATTERN_THREADS: &str = "16";
 
 /// How a part ended.
 enum Verdict {
@@ -191,8 +194,11 @@ impl Part {
         // By the name of the test and not of its package, for cargo chooses the
         // features of shared dependencies by what is selected: so they are the
         // same in each part, in clippy and in `cargo run --bin`.
-        let tests = |name: &str| {
+        let tests = |name: &str, features: &[&str], words: &[&str]| {
             let mut test = cargo(&["test", "--test", name]);
+            test.args(features)
+                .args(["--", "--test-threads"])
+                .args(words);
             test.envs(settings.iter().map(|(name, value)| (name, value)));
             vec![test]
         };
@@ -217,29 +223,14 @@ impl Part {
                 cargo(&["test", "--lib", "--bins"]),
                 cargo(&["test", "--package", "lab", "--test", "*"]),
             ]),
-            Self::Kafka => kafka(tests("kafka"), args.yes),
-            Self::Rabbitmq => all(tests("rabbitmq")),
-            Self::Nats => {
-                let mut tests = tests("nats");
-                for test in &mut tests {
-                    test.args(["--", "--test-threads", NATS_THREADS]);
-                }
-                all(tests)
+            Self::Kafka => {
+                kafka(|features| tests("kafka", features, &[THREADS]), args.yes)
             }
-            Self::Patterns => all(tests("patterns")),
-            Self::Faults => {
-                let mut tests = tests("faults");
-                for test in &mut tests {
-                    // What each of them has counted so far is shown as it runs.
-                    test.args([
-                        "--",
-                        "--nocapture",
-                        "--test-threads",
-                        FAULT_THREADS,
-                    ]);
-                }
-                all(tests)
-            }
+            Self::Rabbitmq => all(tests("rabbitmq", &[], &[THREADS])),
+            Self::Nats => all(tests("nats", &[], &[NATS_THREADS])),
+            Self::Patterns => all(tests("patterns", &[], &[PATTERN_THREADS])),
+            // What each of them has counted so far is shown as it runs.
+            Self::Faults => all(tests("faults", &[], &[THREADS, "--nocapture"])),
             Self::Features => build_features(args.yes),
             Self::Book => {
                 let mut book = cargo(&["lab", "book"]);
@@ -278,15 +269,12 @@ fn all(commands: Vec<Command>) -> Result<Verdict> {
 }
 
 /// Runs the tests of the Kafka examples, with TLS where it can be built.
-fn kafka(mut tests: Vec<Command>, yes: bool) -> Result<Verdict> {
-    let can_build = features::TLS.provide(yes)?;
-    if can_build {
-        for test in &mut tests {
-            test.args(["--features", features::TLS.name]);
-        }
+fn kafka(tests: impl Fn(&[&str]) -> Vec<Command>, yes: bool) -> Result<Verdict> {
+    if features::TLS.provide(yes)? {
+        return all(tests(&["--features", features::TLS.name]));
     }
-    match all(tests)? {
-        Verdict::Passed if !can_build => {
+    match all(tests(&[]))? {
+        Verdict::Passed => {
             let missing = features::TLS.packages.join(" ");
             Ok(Verdict::NotRun(format!("without TLS, missing: {missing}")))
         }
