@@ -231,6 +231,7 @@ async fn a_key_arrives_in_kafka() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_a_missing_side_one_line() -> Result<()> {
+    let _turn = TURN.lock().await;
     let [kafka, rabbitmq, nats] = fresh().await?;
     let no_kafka = ("KAFKA_BROKERS", "localhost:1");
     let no_rabbitmq = ("AMQP_URL", "amqp://app:secret@localhost:1/%2f");

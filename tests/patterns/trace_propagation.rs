@@ -507,6 +507,7 @@ async fn an_address_of_no_collector_gets_one_line() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_a_missing_broker_one_line() -> Result<()> {
+    let _turn = TURN.lock().await;
     let variables = fresh().await?;
     let of = |index: usize| (variables[index].0, variables[index].1.as_str());
     let no_kafka = ("KAFKA_BROKERS", "localhost:1");
