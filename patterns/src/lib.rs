@@ -12,6 +12,7 @@ pub mod ordered_partitions;
 pub mod poison_message;
 pub mod pubsub;
 pub mod request_reply;
+pub mod retry_dlq;
 pub mod task_queue;
 pub mod trace_propagation;
 pub mod transactional_outbox;

@@ -10,6 +10,7 @@ mod ordered_partitions;
 mod poison_message;
 mod pubsub;
 mod request_reply;
+mod retry_dlq;
 mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;
