@@ -284,6 +284,14 @@ impl Shop {
         })
     }
 
+    fn dead_place(&self) -> &'static str {
+        match self.broker {
+            Broker::Kafka => "parcels-dead",
+            Broker::RabbitMq => "parcels.dead",
+            Broker::Nats => "PARCELS_DEAD",
+        }
+    }
+
     /// What the origin of a message says that was the so-manyth of a new line.
     fn origin(&self, number: u64) -> String {
         match self.broker {
@@ -443,16 +451,17 @@ async fn a_redrive_empties_the_dead_letters_once_the_carrier_is_mended() -> Resu
             "kept:     parcel-4, attempt 4 ",
         ];
         ensure!(kept.iter().all(|it| seen.contains(it)), "{seen}");
+        let name = shop.dead_place();
         let some = shop.run(&["redrive", "transient"]).await?;
         assert_eq!(
             some.stdout,
-            "redriven: parcel-4\nleft:     1 dead letters\n"
+            format!("redriven: parcel-4\nleft:     1 in {name}\n")
         );
         shop.has_dead(1).await?;
         let rest = shop.run(&["redrive"]).await?;
         assert_eq!(
             rest.stdout,
-            "redriven: parcel-3\nleft:     0 dead letters\n"
+            format!("redriven: parcel-3\nleft:     0 in {name}\n")
         );
 
         let worker = shop.worker(&[]).await?;
@@ -488,9 +497,9 @@ async fn a_killed_redrive_loses_nothing_and_books_nothing_twice() -> Result<()> 
         // It was sent back, and is still here.
         shop.has_dead(2).await?;
         let rest = shop.run(&["redrive"]).await?;
-        let both =
-            "redriven: parcel-1\nredriven: parcel-2\nleft:     0 dead letters\n";
-        assert_eq!(rest.stdout, both);
+        let both = "redriven: parcel-1\nredriven: parcel-2\n";
+        let name = shop.dead_place();
+        assert_eq!(rest.stdout, format!("{both}left:     0 in {name}\n"));
         let worker = shop.worker(&[]).await?;
         shop.books(&[1, 2]).await?;
         let said = stop(worker).await?;

@@ -30,7 +30,7 @@
 //! kept:  29 bytes from line-orders 0 <offset>: killed 3 workers
 //! ```
 //!
-//! Left out on purpose: the way back, when the bug is mended; see kafka_retry_dlq.
+//! Left out on purpose: the way back, when the bug is mended; see retry_dlq_kafka.
 
 use std::{
     env,

@@ -30,8 +30,7 @@
 //! kept:  29 bytes from LINE <sequence>: killed 3 workers
 //! ```
 //!
-//! Left out on purpose: the way back, when the bug is mended; see
-//! nats_jetstream_dead_letter.
+//! Left out on purpose: the way back, when the bug is mended; see retry_dlq_nats.
 
 use std::{
     env,

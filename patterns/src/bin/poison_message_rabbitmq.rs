@@ -32,7 +32,7 @@
 //!
 //! Left out on purpose: the way back, when the bug is mended, and the error in words:
 //! `reject` carries none. Who needs it publishes a copy with a header, then
-//! acknowledges.
+//! acknowledges, as retry_dlq_rabbitmq does.
 
 use std::{
     env,

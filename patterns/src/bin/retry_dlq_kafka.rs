@@ -43,7 +43,7 @@
 //! redriven: parcel-4
 //! booked:   parcel-3, attempt 1
 //! booked:   parcel-4, attempt 1
-//! left:     0 dead letters, 5 parcels booked, each once
+//! left:     0 in parcels-story-dead; 5 parcels booked, each once
 //! ```
 //!
 //! Left out on purpose: an outage that outlasts the ladder, for which a worker better
@@ -506,7 +506,7 @@ async fn show_dead() -> Result<()> {
     ensure_topics(&brokers, &SHOP).await?;
     let letters = DeadLetters::open(&brokers, &SHOP).await?;
     let count = letters.show().await?;
-    println!("left:     {count} dead letters");
+    println!("left:     {count} in {}", SHOP.dead);
     close(letters.reader).await
 }
 
@@ -519,7 +519,7 @@ async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
     letters.redrive(&producer, &SHOP, only, pause).await?;
     close(letters.reader).await?;
     let letters = DeadLetters::open(&brokers, &SHOP).await?;
-    println!("left:     {} dead letters", letters.count());
+    println!("left:     {} in {}", letters.count(), SHOP.dead);
     close(letters.reader).await
 }
 
@@ -681,8 +681,9 @@ async fn story() -> Result<()> {
     let requests = carrier.requests()?;
     let booked = requests.iter().filter(|request| request.booked).count();
     println!(
-        "left:     {} dead letters, {booked} parcels booked, each once",
-        letters.count()
+        "left:     {} in {}; {booked} parcels booked, each once",
+        letters.count(),
+        STORY.dead
     );
     close(letters.reader).await
 }

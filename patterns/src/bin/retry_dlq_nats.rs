@@ -43,7 +43,7 @@
 //! redriven: parcel-4
 //! booked:   parcel-3, attempt 1
 //! booked:   parcel-4, attempt 1
-//! left:     0 dead letters, 5 parcels booked, each once
+//! left:     0 in PARCELS_DEAD; 5 parcels booked, each once
 //! ```
 //!
 //! Left out on purpose: an outage that outlasts the ladder, for which a worker better
@@ -65,7 +65,7 @@ use std::{
 
 use anyhow::{Context as _, Error, Result, anyhow};
 use async_nats::{
-    Client, ConnectErrorKind, HeaderMap, ServerAddr,
+    Client, ConnectErrorKind, ConnectOptions, Event, HeaderMap, ServerAddr,
     jetstream::{
         self, AckKind, Message,
         consumer::{AckPolicy, pull, pull::MessagesErrorKind},
@@ -406,7 +406,7 @@ async fn show_dead() -> Result<()> {
     let client = connect().await?;
     let shop = declare(&jetstream::new(client.clone())).await?;
     show(&shop).await?;
-    println!("left:     {} dead letters", count(&shop).await?);
+    println!("left:     {} in {DEAD}", count(&shop).await?);
     client.drain().await?;
     Ok(())
 }
@@ -430,7 +430,7 @@ async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
     let client = connect().await?;
     let shop = declare(&jetstream::new(client.clone())).await?;
     redrive_all(&shop, only, pause).await?;
-    println!("left:     {} dead letters", count(&shop).await?);
+    println!("left:     {} in {DEAD}", count(&shop).await?);
     client.drain().await?;
     Ok(())
 }
@@ -548,7 +548,7 @@ async fn story() -> Result<()> {
     let requests = carrier.requests()?;
     let booked = requests.iter().filter(|request| request.booked).count();
     println!(
-        "left:     {} dead letters, {booked} parcels booked, each once",
+        "left:     {} in {DEAD}; {booked} parcels booked, each once",
         count(&shop).await?
     );
     client.drain().await?;
@@ -660,7 +660,14 @@ async fn connect() -> Result<Client> {
         })?;
     // Only host and port are shown: the address may hold a password.
     let place = format!("{}:{}", server.host(), server.port());
-    async_nats::connect(server)
+    // Otherwise a worker that waits hears of it only when a heartbeat is missing.
+    let options = ConnectOptions::new().event_callback(async |event| {
+        if event == Event::Disconnected {
+            eprintln!("lost NATS, still trying");
+        }
+    });
+    options
+        .connect(server)
         .await
         .map_err(|error| match error.kind() {
             ConnectErrorKind::AuthorizationViolation => anyhow!(

@@ -43,7 +43,7 @@
 //! redriven: parcel-4
 //! booked:   parcel-3, attempt 1
 //! booked:   parcel-4, attempt 1
-//! left:     0 dead letters, 5 parcels booked, each once
+//! left:     0 in parcels.dead; 5 parcels booked, each once
 //! ```
 //!
 //! Left out on purpose: an outage that outlasts the ladder, for which a worker better
@@ -371,7 +371,7 @@ async fn show_dead() -> Result<()> {
     let connection = connect().await?;
     let channel = open_channel(&connection).await?;
     let count = show(&channel).await?;
-    println!("left:     {count} dead letters");
+    println!("left:     {count} in {DEAD}");
     connection.close(200, "done".into()).await?;
     Ok(())
 }
@@ -397,7 +397,7 @@ async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
     let connection = connect().await?;
     let channel = open_channel(&connection).await?;
     redrive_all(&channel, only, pause).await?;
-    println!("left:     {} dead letters", count(&channel).await?);
+    println!("left:     {} in {DEAD}", count(&channel).await?);
     connection.close(200, "done".into()).await?;
     Ok(())
 }
@@ -518,7 +518,7 @@ async fn story() -> Result<()> {
     let requests = carrier.requests()?;
     let booked = requests.iter().filter(|request| request.booked).count();
     println!(
-        "left:     {} dead letters, {booked} parcels booked, each once",
+        "left:     {} in {DEAD}; {booked} parcels booked, each once",
         count(&channel).await?
     );
     connection.close(200, "done".into()).await?;
