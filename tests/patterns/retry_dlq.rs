@@ -403,10 +403,12 @@ async fn a_worker_killed_after_a_failure_loses_nothing() -> Result<()> {
         shop.send(2, 2).await?;
         let mut first = shop.worker(&["--slow"]).await?;
         first.prints("failed:   parcel-2, attempt 1,").await?;
+        first.prints("pause:").await?;
         first.kill().await?;
         shop.send(3, 3).await?;
         let mut second = shop.worker(&["--slow"]).await?;
         second.prints("failed:   parcel-3, attempt 1,").await?;
+        second.prints("pause:").await?;
         second.kill().await?;
 
         let third = shop.worker(&[]).await?;
@@ -493,6 +495,7 @@ async fn a_killed_redrive_loses_nothing_and_books_nothing_twice() -> Result<()> 
         let mut killed =
             Example::start(shop.binary, &["redrive", "--slow"], shop.variable)?;
         killed.prints("redriven: parcel-1").await?;
+        killed.prints("pause:").await?;
         killed.kill().await?;
         // It was sent back, and is still here.
         shop.has_dead(2).await?;

@@ -114,7 +114,7 @@ const USAGE: &str = "usage: retry_dlq_kafka [producer FIRST LAST | worker FILE \
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long the next parcel of the story may take.
 const LATEST: Duration = Duration::from_secs(30);
-/// With `--slow`: time to kill the program between two steps.
+/// With `--slow`: how long there is time to kill the program.
 const PAUSE: Duration = Duration::from_secs(2);
 
 /// A line of parcels, where they wait (one topic for each of `DELAYS`), where they end,
@@ -152,10 +152,10 @@ async fn main() -> ExitCode {
         ["worker", file, "--at-once"] => worker(file, Pace::AtOnce).await,
         ["worker", file, "--slow"] => worker(file, Pace::Slow).await,
         ["dead"] => show_dead().await,
-        ["redrive"] => redrive(None, Duration::ZERO).await,
-        ["redrive", "--slow"] => redrive(None, PAUSE).await,
+        ["redrive"] => redrive(None, Pace::Ladder).await,
+        ["redrive", "--slow"] => redrive(None, Pace::Slow).await,
         ["redrive", kind] => match kind.parse() {
-            Ok(kind) => redrive(Some(kind), Duration::ZERO).await,
+            Ok(kind) => redrive(Some(kind), Pace::Ladder).await,
             Err(()) => return usage(),
         },
         ["carrier", file, "mend"] => mend(file),
@@ -182,8 +182,8 @@ fn usage() -> ExitCode {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pace {
     Ladder,
-    /// The ladder, with a pause in which to kill the worker: after a failure, and
-    /// before anything has come of it.
+    /// With a pause in which to kill the program: after a failure and before anything
+    /// has come of it, or between the two halves of a redrive.
     Slow,
     /// The mistake, to see what it costs: as many attempts, and no time between them.
     AtOnce,
@@ -254,7 +254,7 @@ async fn worker(file: &str, pace: Pace) -> Result<()> {
         let past = attempt(&mut carrier, &record, pace)?;
         if let Some((past, verdict)) = past {
             if pace == Pace::Slow {
-                sleep(PAUSE).await;
+                time_to_kill().await;
             }
             pass_on(&producer, &SHOP, &record, &past, &verdict, pace).await?;
         }
@@ -499,6 +499,12 @@ async fn close(consumer: StreamConsumer) -> Result<()> {
     Ok(())
 }
 
+/// Says when to kill the program, to see what becomes of the parcel in hand.
+async fn time_to_kill() {
+    println!("pause:    {} s, time to kill it", PAUSE.as_secs());
+    sleep(PAUSE).await;
+}
+
 // ---- Dead letters ----------------------------------------------------------
 
 async fn show_dead() -> Result<()> {
@@ -511,12 +517,12 @@ async fn show_dead() -> Result<()> {
 }
 
 /// `only` is the kind to send back, with nothing all of them.
-async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
+async fn redrive(only: Option<Kind>, pace: Pace) -> Result<()> {
     let brokers = brokers()?;
     ensure_topics(&brokers, &SHOP).await?;
     let producer = producer(&brokers)?;
     let letters = DeadLetters::open(&brokers, &SHOP).await?;
-    letters.redrive(&producer, &SHOP, only, pause).await?;
+    letters.redrive(&producer, &SHOP, only, pace).await?;
     close(letters.reader).await?;
     let letters = DeadLetters::open(&brokers, &SHOP).await?;
     println!("left:     {} in {}", letters.count(), SHOP.dead);
@@ -568,7 +574,7 @@ impl DeadLetters {
         producer: &FutureProducer,
         place: &Place,
         only: Option<Kind>,
-        pause: Duration,
+        pace: Pace,
     ) -> Result<()> {
         for _letter in 0..self.count() {
             let letter = self.next().await?;
@@ -581,7 +587,9 @@ impl DeadLetters {
                 copy(producer, place.line, &letter, theirs(&letter)).await?;
                 let payload = letter.payload().unwrap_or_default();
                 println!("redriven: {}", name(payload));
-                sleep(pause).await;
+                if pace == Pace::Slow {
+                    time_to_kill().await;
+                }
             } else {
                 // A log has one position and no gaps: what stays moves to the end.
                 let headers = letter.headers().map(|it| it.detach());
@@ -671,7 +679,7 @@ async fn story() -> Result<()> {
     println!("mended:   Turin answers, and Atlantis has a depot");
     let letters = DeadLetters::open(&brokers, &STORY).await?;
     letters
-        .redrive(&producer, &STORY, None, Duration::ZERO)
+        .redrive(&producer, &STORY, None, Pace::Ladder)
         .await?;
     close(letters.reader).await?;
     work(&mut carrier, &consumer, &producer, 2).await?;

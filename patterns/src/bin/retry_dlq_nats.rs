@@ -106,7 +106,7 @@ const USAGE: &str = "usage: retry_dlq_nats [producer FIRST LAST | worker FILE \
 
 /// How long the broker may take to answer before it counts as not there.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// With `--slow`: time to kill the program between two steps.
+/// With `--slow`: how long there is time to kill the program.
 const PAUSE: Duration = Duration::from_secs(2);
 
 #[tokio::main]
@@ -123,10 +123,10 @@ async fn main() -> ExitCode {
         ["worker", file, "--at-once"] => worker(file, Pace::AtOnce).await,
         ["worker", file, "--slow"] => worker(file, Pace::Slow).await,
         ["dead"] => show_dead().await,
-        ["redrive"] => redrive(None, Duration::ZERO).await,
-        ["redrive", "--slow"] => redrive(None, PAUSE).await,
+        ["redrive"] => redrive(None, Pace::Ladder).await,
+        ["redrive", "--slow"] => redrive(None, Pace::Slow).await,
         ["redrive", kind] => match kind.parse() {
-            Ok(kind) => redrive(Some(kind), Duration::ZERO).await,
+            Ok(kind) => redrive(Some(kind), Pace::Ladder).await,
             Err(()) => return usage(),
         },
         ["carrier", file, "mend"] => mend(file),
@@ -153,8 +153,8 @@ fn usage() -> ExitCode {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pace {
     Ladder,
-    /// The ladder, with a pause in which to kill the worker: after a failure, and
-    /// before anything has come of it.
+    /// With a pause in which to kill the program: after a failure and before anything
+    /// has come of it, or between the two halves of a redrive.
     Slow,
     /// The mistake, to see what it costs: as many attempts, and no time between them.
     AtOnce,
@@ -205,7 +205,7 @@ async fn worker(file: &str, pace: Pace) -> Result<()> {
             None => done(&shop, &delivery).await?,
             Some((failure, verdict)) => {
                 if pace == Pace::Slow {
-                    sleep(PAUSE).await;
+                    time_to_kill().await;
                 }
                 pass_on(&shop, &delivery, failure, &verdict, pace).await?;
             }
@@ -400,6 +400,12 @@ async fn next(parcels: &mut pull::Stream) -> Result<Message> {
     }
 }
 
+/// Says when to kill the program, to see what becomes of the parcel in hand.
+async fn time_to_kill() {
+    println!("pause:    {} s, time to kill it", PAUSE.as_secs());
+    sleep(PAUSE).await;
+}
+
 // ---- Dead letters ----------------------------------------------------------
 
 async fn show_dead() -> Result<()> {
@@ -426,10 +432,10 @@ async fn show(shop: &Shop) -> Result<()> {
 }
 
 /// `only` is the kind to send back, with nothing all of them.
-async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
+async fn redrive(only: Option<Kind>, pace: Pace) -> Result<()> {
     let client = connect().await?;
     let shop = declare(&jetstream::new(client.clone())).await?;
-    redrive_all(&shop, only, pause).await?;
+    redrive_all(&shop, only, pace).await?;
     println!("left:     {} in {DEAD}", count(&shop).await?);
     client.drain().await?;
     Ok(())
@@ -438,11 +444,7 @@ async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
 // ANCHOR: redrive
 /// Sends back what was there at the beginning, and nothing of what comes meanwhile: a
 /// carrier that is still down would keep it going for ever.
-async fn redrive_all(
-    shop: &Shop,
-    only: Option<Kind>,
-    pause: Duration,
-) -> Result<()> {
+async fn redrive_all(shop: &Shop, only: Option<Kind>, pace: Pace) -> Result<()> {
     let info = shop.dead.get_info().await?;
     for sequence in sequences(&info) {
         let Some(letter) = letter(&shop.dead, sequence).await? else {
@@ -460,7 +462,9 @@ async fn redrive_all(
             .message_id(format!("{DEAD}.{sequence}.{time}"));
         shop.jetstream.send_publish(LINE, message).await?.await?;
         println!("redriven: {}", name(&letter.payload));
-        sleep(pause).await;
+        if pace == Pace::Slow {
+            time_to_kill().await;
+        }
         // Stored there, so it may go here. Killed before this line, it is sent again:
         // NATS drops it for two minutes, and after them it is booked once.
         shop.dead.delete_message(sequence).await?;
@@ -542,7 +546,7 @@ async fn story() -> Result<()> {
 
     carrier.mend()?;
     println!("mended:   Turin answers, and Atlantis has a depot");
-    redrive_all(&shop, None, Duration::ZERO).await?;
+    redrive_all(&shop, None, Pace::Ladder).await?;
     work(&mut carrier, &mut parcels, &shop, 2).await?;
 
     let requests = carrier.requests()?;

@@ -99,7 +99,7 @@ const USAGE: &str = "usage: retry_dlq_rabbitmq [producer FIRST LAST | worker FIL
 
 /// How long the broker may take to answer before it counts as not there.
 const PATIENCE: Duration = Duration::from_secs(8);
-/// With `--slow`: time to kill the program between two steps.
+/// With `--slow`: how long there is time to kill the program.
 const PAUSE: Duration = Duration::from_secs(2);
 
 #[tokio::main]
@@ -116,10 +116,10 @@ async fn main() -> ExitCode {
         ["worker", file, "--at-once"] => worker(file, Pace::AtOnce).await,
         ["worker", file, "--slow"] => worker(file, Pace::Slow).await,
         ["dead"] => show_dead().await,
-        ["redrive"] => redrive(None, Duration::ZERO).await,
-        ["redrive", "--slow"] => redrive(None, PAUSE).await,
+        ["redrive"] => redrive(None, Pace::Ladder).await,
+        ["redrive", "--slow"] => redrive(None, Pace::Slow).await,
         ["redrive", kind] => match kind.parse() {
-            Ok(kind) => redrive(Some(kind), Duration::ZERO).await,
+            Ok(kind) => redrive(Some(kind), Pace::Ladder).await,
             Err(()) => return usage(),
         },
         ["carrier", file, "mend"] => mend(file),
@@ -146,8 +146,8 @@ fn usage() -> ExitCode {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Pace {
     Ladder,
-    /// The ladder, with a pause in which to kill the worker: after a failure, and
-    /// before anything has come of it.
+    /// With a pause in which to kill the program: after a failure and before anything
+    /// has come of it, or between the two halves of a redrive.
     Slow,
     /// The mistake, to see what it costs: as many attempts, and no time between them.
     AtOnce,
@@ -225,7 +225,7 @@ async fn worker(file: &str, pace: Pace) -> Result<()> {
         let past = attempt(&mut carrier, &delivery, pace)?;
         if let Some((past, verdict)) = past {
             if pace == Pace::Slow {
-                sleep(PAUSE).await;
+                time_to_kill().await;
             }
             pass_on(&channel, &delivery, &past, &verdict, pace).await?;
         }
@@ -365,6 +365,12 @@ async fn take_parcels(channel: &Channel) -> Result<Consumer> {
     Ok(deliveries)
 }
 
+/// Says when to kill the program, to see what becomes of the parcel in hand.
+async fn time_to_kill() {
+    println!("pause:    {} s, time to kill it", PAUSE.as_secs());
+    sleep(PAUSE).await;
+}
+
 // ---- Dead letters ----------------------------------------------------------
 
 async fn show_dead() -> Result<()> {
@@ -393,10 +399,10 @@ async fn show(channel: &Channel) -> Result<usize> {
 }
 
 /// `only` is the kind to send back, with nothing all of them.
-async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
+async fn redrive(only: Option<Kind>, pace: Pace) -> Result<()> {
     let connection = connect().await?;
     let channel = open_channel(&connection).await?;
-    redrive_all(&channel, only, pause).await?;
+    redrive_all(&channel, only, pace).await?;
     println!("left:     {} in {DEAD}", count(&channel).await?);
     connection.close(200, "done".into()).await?;
     Ok(())
@@ -408,7 +414,7 @@ async fn redrive(only: Option<Kind>, pause: Duration) -> Result<()> {
 async fn redrive_all(
     channel: &Channel,
     only: Option<Kind>,
-    pause: Duration,
+    pace: Pace,
 ) -> Result<()> {
     let mut stay = Vec::new();
     for _letter in 0..count(channel).await? {
@@ -424,7 +430,9 @@ async fn redrive_all(
         // Without the past: it begins anew, with its first attempt.
         copy(channel, LINE, &letter, theirs(&letter)).await?;
         println!("redriven: {}", name(&letter.data));
-        sleep(pause).await;
+        if pace == Pace::Slow {
+            time_to_kill().await;
+        }
         // Stored there, so it may go here. Killed before this line, it is sent twice
         // and booked once.
         ack(&letter).await?;
@@ -512,7 +520,7 @@ async fn story() -> Result<()> {
 
     carrier.mend()?;
     println!("mended:   Turin answers, and Atlantis has a depot");
-    redrive_all(&channel, None, Duration::ZERO).await?;
+    redrive_all(&channel, None, Pace::Ladder).await?;
     work(&mut carrier, &mut parcels, &channel, 2).await?;
 
     let requests = carrier.requests()?;
