@@ -13,6 +13,7 @@ pub mod poison_message;
 pub mod pubsub;
 pub mod request_reply;
 pub mod retry_dlq;
+pub mod saga_orchestration;
 pub mod task_queue;
 pub mod trace_propagation;
 pub mod transactional_outbox;

@@ -11,6 +11,7 @@ mod poison_message;
 mod pubsub;
 mod request_reply;
 mod retry_dlq;
+mod saga_orchestration;
 mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;
