@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use lab::broker::Broker;
+use lapin::options::BasicGetOptions;
 use patterns::saga_orchestration::{
     Action, Command, Entry, Message, Outcome, Participant, Reply, Sagas, Service,
     State, order,
@@ -43,10 +44,18 @@ const NO_DEADLINE: &str = "3600";
 /// Queues, topics and stream belong to the pattern, so its tests take turns.
 static TURN: Mutex<()> = Mutex::const_new(());
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn the_stories_end_completed_or_compensated() -> Result<()> {
     let _turn = TURN.lock().await;
-    PATTERN.stories().await
+    on_each_broker(async |shop| {
+        for _time in 0..2 {
+            let ended = Example::start(shop.binary, &[], shop.variable)?.end();
+            let ended = ended.await?.succeeded()?;
+            ended.printed_what_its_header_says()?;
+        }
+        Ok(())
+    })
+    .await
 }
 
 /// What has to happen to an order if everybody answers in time.
@@ -132,6 +141,13 @@ impl Shop {
                 .contains(&format!("placed:    order-{last}\n"))
         );
         Ok(())
+    }
+
+    async fn place_by_hand(&self, number: u64) -> Result<()> {
+        let order = order(number);
+        let id = order.id.clone();
+        let placed = Message::Placed(order).to_json();
+        self.send(INBOX, &id, &placed).await
     }
 
     /// Behind the back of all programs.
@@ -230,8 +246,11 @@ impl Shop {
 
     /// Each order has gone its way, no step is missing and none too much, and in the
     /// books is what its end says.
-    fn each_has_gone_its_way(&self, orders: u64) -> Result<()> {
-        for number in 1..=orders {
+    fn each_has_gone_its_way(
+        &self,
+        orders: impl IntoIterator<Item = u64>,
+    ) -> Result<()> {
+        for number in orders {
             let history = self.history(number)?;
             let lines = history.iter().map(|entry| entry.what.as_str());
             let lines: Vec<&str> =
@@ -287,7 +306,12 @@ async fn on_each_broker(test: impl AsyncFn(Shop) -> Result<()>) -> Result<()> {
         let shop = Shop::open(of).await?;
         test(shop).await.with_context(|| format!("on {:?}", of.0))
     };
-    tokio::try_join!(run(kafka), run(rabbitmq), run(nats))?;
+    let (kafka, rabbitmq, nats) = tokio::join!(run(kafka), run(rabbitmq), run(nats));
+    let failed: Vec<String> = [kafka, rabbitmq, nats]
+        .into_iter()
+        .filter_map(|result| Some(format!("{:#}", result.err()?)))
+        .collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
     Ok(())
 }
 
@@ -303,7 +327,9 @@ async fn killed_at_every_step_the_orchestrator_forgets_none_and_invents_none()
         for service in &services {
             service.signal("STOP").await?;
         }
-        for number in 1..=5 {
+        // One of each kind.
+        let orders = [1, 2, 3, 5];
+        for number in orders {
             shop.place(number, number).await?;
             for (index, what) in steps(number).iter().enumerate() {
                 let entries = wait::until(what, async || {
@@ -346,7 +372,7 @@ async fn killed_at_every_step_the_orchestrator_forgets_none_and_invents_none()
             service.signal("CONT").await?;
         }
         shop.until_all_have_ended().await?;
-        shop.each_has_gone_its_way(5)?;
+        shop.each_has_gone_its_way(orders)?;
         stop(services.into_iter().chain([orchestrator])).await
     })
     .await
@@ -377,7 +403,7 @@ async fn whoever_is_killed_each_order_goes_its_way() -> Result<()> {
             programs[at].kill().await?;
         }
         shop.until_all_have_ended().await?;
-        shop.each_has_gone_its_way(ORDERS)?;
+        shop.each_has_gone_its_way(1..=ORDERS)?;
         // What was sent twice is answered by now, or will be when they start again.
         stop(programs).await
     })
@@ -422,10 +448,95 @@ async fn what_cannot_be_written_comes_again() -> Result<()> {
         let orchestrator = shop.orchestrator(NO_DEADLINE).await?;
         shop.until(2, "refund: done").await?;
         shop.until_all_have_ended().await?;
-        shop.each_has_gone_its_way(2)?;
+        shop.each_has_gone_its_way(1..=2)?;
         stop(services.into_iter().chain([orchestrator])).await
     })
     .await
+}
+
+/// The broker refuses the commands for payments, until it is asked for the way back.
+async fn refuse_commands(shop: &Shop, refuse: bool) -> Result<()> {
+    let address = shop.variable.1;
+    match shop.broker {
+        Broker::Kafka => {
+            let topic = "saga-payment";
+            observe::kafka::forget(address, topic, topic).await?;
+            if refuse {
+                let settings = [("max.message.bytes", "10")];
+                observe::kafka::create_topic_with(
+                    address, topic, PARTITIONS, &settings,
+                )
+                .await?;
+            }
+            Ok(())
+        }
+        // The orchestrator makes a new one when it starts.
+        Broker::RabbitMq => {
+            observe::rabbitmq::delete_queues(address, &["saga.payment"]).await
+        }
+        Broker::Nats => {
+            let jetstream = observe::nats::jetstream(address).await?;
+            let mut config =
+                jetstream.get_stream("SAGA").await?.get_info().await?.config;
+            let order = Message::Placed(order(1)).to_json().len();
+            config.max_message_size =
+                if refuse { i32::try_from(order)? } else { -1 };
+            jetstream.update_stream(config).await?;
+            Ok(())
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_command_that_the_broker_does_not_store_stays_in_the_outbox() -> Result<()>
+{
+    let _turn = TURN.lock().await;
+    on_each_broker(async |shop| {
+        if shop.broker == Broker::Kafka {
+            refuse_commands(&shop, true).await?;
+        }
+        let file = shop.file(INBOX);
+        let words = ["orchestrator", &file.to_string_lossy()];
+        let mut orchestrator = Example::start(shop.binary, &words, shop.variable)?;
+        orchestrator.prints("ready:").await?;
+        if shop.broker != Broker::Kafka {
+            refuse_commands(&shop, true).await?;
+        }
+        shop.place_by_hand(1).await?;
+        let ended = orchestrator.end().await?;
+        let error = ended.one_line_error()?;
+        ensure!(error.contains("did not store"), "{error}");
+        assert_eq!(shop.sagas()?.waiting(9)?.len(), 1);
+
+        refuse_commands(&shop, false).await?;
+        let orchestrator = shop.orchestrator(NO_DEADLINE).await?;
+        let services = shop.services().await?;
+        shop.until(1, "ship: done").await?;
+        shop.each_has_gone_its_way([1])?;
+        stop(services.into_iter().chain([orchestrator])).await
+    })
+    .await
+}
+
+/// Counted by RabbitMQ, and by default deleted after the twentieth.
+#[tokio::test]
+async fn a_message_outlives_however_many_programs_it_finds_dead() -> Result<()> {
+    let _turn = TURN.lock().await;
+    let shop = Shop::open((Broker::RabbitMq, PATTERN.rabbitmq)).await?;
+    shop.place(1, 1).await?;
+    for _time in 0..30 {
+        let (connection, channel) =
+            observe::rabbitmq::connect(shop.variable.1).await?;
+        wait::until("the order", async || {
+            let options = BasicGetOptions::default();
+            let queue = "saga.orchestrator".into();
+            channel.basic_get(queue, options).await?.context("gone")
+        })
+        .await?;
+        // As a kill does, without an acknowledgement.
+        connection.close(200, "".into()).await?;
+    }
+    Ok(())
 }
 
 /// The deadline passes while nobody serves payments, and the orchestrator is killed
@@ -511,7 +622,7 @@ async fn what_comes_twice_or_out_of_turn_changes_nothing() -> Result<()> {
         let line = "order-9    pay: taken back before           unknown";
         orchestrator.prints(line).await?;
         assert_eq!(shop.books(Participant::Payment, 9)?, [0; 0]);
-        shop.each_has_gone_its_way(3)?;
+        shop.each_has_gone_its_way(1..=3)?;
         stop(programs.into_iter().chain([orchestrator])).await
     })
     .await
@@ -615,9 +726,10 @@ async fn control_an_orchestrator_with_its_table_in_memory_forgets_an_order()
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 6] = [
+    let wrong: [&[&str]; 7] = [
         &["orchestrator"],
         &["orchestrator", "x.db", "--deadline", "soon"],
+        &["orchestrator", "x.db", "--deadline", "0"],
         &["service", "bank", "x.db"],
         &["order", "many"],
         &["show"],

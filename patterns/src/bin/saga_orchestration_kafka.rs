@@ -51,6 +51,7 @@
 use std::{
     env,
     future::Future,
+    num::NonZeroU64,
     path::Path,
     process::ExitCode,
     sync::{
@@ -127,8 +128,8 @@ async fn run(words: &[&str]) -> Option<Result<()>> {
         [] => story().await,
         ["orchestrator", file] => orchestrator(file, DEADLINE).await,
         ["orchestrator", file, "--deadline", seconds] => {
-            let limit = Duration::from_secs(seconds.parse().ok()?);
-            orchestrator(file, limit).await
+            let seconds: NonZeroU64 = seconds.parse().ok()?;
+            orchestrator(file, Duration::from_secs(seconds.get())).await
         }
         ["service", name, file] => service(name.parse().ok()?, file).await,
         ["order", number] => {

@@ -76,11 +76,14 @@ impl Service {
                  reply BLOB NOT NULL
              ) STRICT;
              CREATE TABLE IF NOT EXISTS marks (
-                 id TEXT PRIMARY KEY,
-                 mark TEXT NOT NULL
+                 participant TEXT NOT NULL,
+                 id TEXT NOT NULL,
+                 mark TEXT NOT NULL,
+                 PRIMARY KEY (participant, id)
              ) STRICT;
              CREATE TABLE IF NOT EXISTS books (
                  number INTEGER PRIMARY KEY,
+                 participant TEXT NOT NULL,
                  id TEXT NOT NULL,
                  action TEXT NOT NULL,
                  amount INTEGER NOT NULL
@@ -135,8 +138,10 @@ impl Service {
     ///
     /// If the database cannot be read.
     pub fn balance(&self) -> rusqlite::Result<i64> {
-        let sum = "SELECT coalesce(sum(amount), 0) FROM books";
-        self.database.query_row(sum, (), |row| row.get(0))
+        let sum =
+            "SELECT coalesce(sum(amount), 0) FROM books WHERE participant = ?1";
+        let name = self.participant.name();
+        self.database.query_row(sum, [name], |row| row.get(0))
     }
 
     /// What stands in the books for one order, in the order of time.
@@ -145,10 +150,12 @@ impl Service {
     ///
     /// If the database cannot be read.
     pub fn books(&self, order: &str) -> rusqlite::Result<Vec<i64>> {
-        let mut query = self
-            .database
-            .prepare("SELECT amount FROM books WHERE id = ?1 ORDER BY number")?;
-        let rows = query.query_map([order], |row| row.get(0))?;
+        let mut query = self.database.prepare(
+            "SELECT amount FROM books WHERE participant = ?1 AND id = ?2
+             ORDER BY number",
+        )?;
+        let name = self.participant.name();
+        let rows = query.query_map([name, order], |row| row.get(0))?;
         rows.collect()
     }
 }
@@ -178,9 +185,11 @@ fn answer(
     command: &Command,
 ) -> rusqlite::Result<Answered> {
     let (action, order) = (command.action, &command.order);
-    let select = "SELECT mark FROM marks WHERE id = ?1";
+    // With the name of the service, for those who give two of them one file.
+    let name = action.participant().name();
+    let select = "SELECT mark FROM marks WHERE participant = ?1 AND id = ?2";
     let mark: Option<String> = transaction
-        .query_row(select, [&order.id], |row| row.get(0))
+        .query_row(select, [name, &order.id], |row| row.get(0))
         .optional()?;
     let mark = mark.map(|mark| match mark.as_str() {
         "done" => Mark::Done,
@@ -189,15 +198,16 @@ fn answer(
     let (outcome, effect, mark) = decide(action, mark, refusal(action, order));
     if let Some(effect) = effect {
         transaction.execute(
-            "INSERT INTO books (id, action, amount) VALUES (?1, ?2, ?3)",
-            params![order.id, action.name(), effect.amount(action, order)],
+            "INSERT INTO books (participant, id, action, amount)
+             VALUES (?1, ?2, ?3, ?4)",
+            params![name, order.id, action.name(), effect.amount(action, order)],
         )?;
     }
     if let Some(mark) = mark {
         transaction.execute(
-            "INSERT INTO marks (id, mark) VALUES (?1, ?2)
+            "INSERT INTO marks (participant, id, mark) VALUES (?1, ?2, ?3)
              ON CONFLICT DO UPDATE SET mark = excluded.mark",
-            params![order.id, mark.name()],
+            params![name, order.id, mark.name()],
         )?;
     }
     let reply = Reply {
@@ -346,6 +356,39 @@ mod tests {
         assert!(matches!(refused, Outcome::Refused(_)), "{refused:?}");
         told(&mut payment, Action::Refund, 5);
         assert_eq!(payment.balance().expect("a sum"), 0);
+    }
+
+    #[test]
+    fn what_cannot_have_its_answer_is_not_done() {
+        let mut payment = payment();
+        payment
+            .database
+            .execute_batch(
+                "CREATE TRIGGER full BEFORE INSERT ON answers
+                 BEGIN SELECT RAISE(ABORT, 'the disk is full'); END;",
+            )
+            .expect("a trigger");
+        let command = Command::new(Action::Pay, &order(1));
+        let payload = serde_json::to_vec(&command).expect("JSON");
+        payment
+            .handle(&payload)
+            .expect_err("no place for an answer");
+        assert_eq!(books(&payment), [0; 0]);
+    }
+
+    #[test]
+    fn two_services_with_one_file_do_not_mix() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = folder.path().join("services.db");
+        let services = [Participant::Payment, Participant::Stock];
+        let [mut payment, mut stock] =
+            services.map(|it| Service::open(it, &file).expect("a database"));
+        told(&mut payment, Action::Pay, 1);
+        told(&mut stock, Action::Reserve, 1);
+        told(&mut payment, Action::Refund, 1);
+        assert_eq!(books(&payment), [2_500, -2_500]);
+        assert_eq!(books(&stock), [2]);
+        assert_eq!(stock.balance().expect("a sum"), 2);
     }
 
     #[test]

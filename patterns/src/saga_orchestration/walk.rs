@@ -11,6 +11,8 @@ const ORDERS: u64 = 1_000;
 const LIMIT: Duration = Duration::from_millis(1_000);
 /// How many orders are on their way at a time.
 const AT_ONCE: u64 = 50;
+/// So many hundred steps are far more than they take to their end.
+const LOOKS: u32 = 5_000;
 /// Each of these misfortunes happens once in so many times.
 const RARE: u32 = 12;
 
@@ -180,7 +182,9 @@ fn a_thousand_orders_end_and_the_books_balance() {
     for number in 1..=ORDERS {
         let placed = Message::Placed(order(number)).to_json();
         world.inbox.push(placed);
+        let mut looks = 0..LOOKS;
         while number % AT_ONCE == 0 && (world.busy() || world.ends().is_none()) {
+            assert!(looks.next().is_some(), "some orders do not end");
             for _step in 0..100 {
                 world.step();
             }
