@@ -63,7 +63,7 @@ use std::{
 
 use anyhow::{Context as _, Error, Result, anyhow, ensure};
 use async_nats::{
-    Client, ConnectErrorKind, ServerAddr,
+    Client, ConnectErrorKind, ConnectOptions, Event, ServerAddr,
     jetstream::{
         self,
         consumer::{AckPolicy, pull},
@@ -510,7 +510,8 @@ fn received(
 
 /// Returns when NATS knows of it.
 async fn acknowledge(delivery: &jetstream::Message) -> Result<()> {
-    delivery.double_ack().await.map_err(Error::from_boxed)
+    let acknowledged = delivery.double_ack().await.map_err(Error::from_boxed);
+    acknowledged.context("lost NATS; what is not acknowledged will come again")
 }
 
 /// Ends on the first Ctrl-C or SIGTERM. A second one ends the program at once.
@@ -539,7 +540,14 @@ async fn connect() -> Result<Client> {
         })?;
     // Only host and port are shown: the address may hold a password.
     let place = format!("{}:{}", server.host(), server.port());
-    async_nats::connect(server)
+    ConnectOptions::new()
+        // The client connects again by itself, and would do so in silence.
+        .event_callback(|event| async move {
+            if event == Event::Disconnected {
+                eprintln!("lost NATS, still trying");
+            }
+        })
+        .connect(server)
         .await
         .map_err(|error| match error.kind() {
             ConnectErrorKind::AuthorizationViolation => anyhow!(
