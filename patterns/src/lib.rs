@@ -4,6 +4,7 @@
 //! a decision is in `src/bin/<pattern>_<broker>.rs`.
 
 pub mod bridge;
+pub mod circuit_breaker;
 pub mod claim_check;
 pub mod delayed_message;
 pub mod graceful_shutdown;

@@ -1,6 +1,7 @@
 //! Tests of the patterns, by their binaries, against real brokers.
 
 mod bridge;
+mod circuit_breaker;
 mod claim_check;
 mod common;
 mod delayed_message;
