@@ -3,6 +3,7 @@
 //! What is written into a database together is here as well. What a broker does with
 //! a decision is in `src/bin/<pattern>_<broker>.rs`.
 
+pub mod backpressure;
 pub mod bridge;
 pub mod circuit_breaker;
 pub mod claim_check;

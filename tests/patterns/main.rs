@@ -1,5 +1,6 @@
 //! Tests of the patterns, by their binaries, against real brokers.
 
+mod backpressure;
 mod bridge;
 mod circuit_breaker;
 mod claim_check;

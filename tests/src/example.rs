@@ -168,13 +168,22 @@ impl Example {
     ///
     /// If the example has ended already.
     pub async fn signal(&self, signal: &str) -> Result<()> {
-        let id = self.child.id().context("the example has ended")?;
+        let id = self.id()?;
         let sent = Command::new("kill")
             .args(["-s", signal, &id.to_string()])
             .status()
             .await?;
         ensure!(sent.success(), "cannot send {signal} to {}", self.name);
         Ok(())
+    }
+
+    /// The number of the process, for what the system knows of it.
+    ///
+    /// # Errors
+    ///
+    /// If the example has ended already.
+    pub fn id(&self) -> Result<u32> {
+        self.child.id().context("the example has ended")
     }
 
     /// Whether the process is gone, which does not wait for it.
