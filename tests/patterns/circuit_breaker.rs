@@ -5,6 +5,7 @@ use std::{collections::HashSet, time::Duration};
 
 use anyhow::{Context as _, Result, ensure};
 use async_nats::jetstream::consumer::PullConsumer;
+use futures_lite::StreamExt as _;
 use lab::broker::Broker;
 use patterns::circuit_breaker::{FAILURES, Ledger, payment};
 use rdkafka::{
@@ -365,9 +366,7 @@ async fn a_worker_killed_while_it_is_open_loses_nothing() -> Result<()> {
 
 /// A second worker joins while the first one's breaker is open, and Kafka shares the
 /// partitions out anew: the pause is over, and what comes is given back.
-#[tokio::test]
-async fn a_rebalance_while_it_is_open_lets_no_call_through() -> Result<()> {
-    let _turn = TURN.lock().await;
+async fn a_rebalance() -> Result<()> {
     let mut shop = Shop::open(Broker::Kafka).await?;
     let mut first = open_for_long(&mut shop).await?;
     let mut second = shop.worker(&[]).await?;
@@ -384,6 +383,39 @@ async fn a_rebalance_while_it_is_open_lets_no_call_through() -> Result<()> {
         assert_eq!(count("failed: "), FAILURES as usize + probes, "{said}");
     }
     gateway.kill().await
+}
+
+/// The one payment is in hand for longer than NATS waits for a sign of life, and another
+/// worker that asks gets nothing.
+async fn another_worker_asks_nats() -> Result<()> {
+    let mut shop = Shop::open(Broker::Nats).await?;
+    shop.gateway(&[]).await?.kill().await?;
+    shop.produce(1, 1).await?;
+    let mut worker = shop.worker(&["--wait", "30"]).await?;
+    worker.prints("state:  open, a probe in 30000 ms").await?;
+    let jetstream = observe::nats::jetstream(shop.variable.1).await?;
+    let stream = jetstream.get_stream("CHARGES").await?;
+    let consumer = stream.get_consumer("charger").await;
+    let consumer: PullConsumer = consumer.map_err(anyhow::Error::from_boxed)?;
+    let ask = consumer.batch().max_messages(1);
+    let mut asked = ask.expires(Duration::from_secs(7)).messages().await?;
+    ensure!(asked.next().await.is_none(), "it is delivered again");
+    // Told to stop, it gives it back.
+    worker.interrupt().await?;
+    worker.end().await?.succeeded()?;
+    let _gateway = shop.gateway(&[]).await?;
+    let worker = shop.worker(&[]).await?;
+    shop.all_charged(1).await?;
+    worker.interrupt().await?;
+    worker.end().await?.succeeded()?;
+    Ok(())
+}
+
+#[tokio::test]
+async fn while_it_is_open_others_may_come_and_no_call_is_made() -> Result<()> {
+    let _turn = TURN.lock().await;
+    try_join!(a_rebalance(), another_worker_asks_nats())?;
+    Ok(())
 }
 
 /// An answer is an answer.
