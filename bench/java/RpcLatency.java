@@ -74,19 +74,9 @@ public final class RpcLatency {
                 new AMQP.BasicProperties.Builder().expiration(EXPIRATION).build();
         byte[] payload = new byte[SIZE];
         Arrays.fill(payload, (byte) 'q');
-        for (int number = 0; number < WARM_UP; number++) {
-            client.primitiveCall(properties, payload);
-        }
-        long[] latencies = new long[count];
+        ask(client, properties, payload, WARM_UP, rate);
         long started = System.nanoTime();
-        for (int number = 0; number < count; number++) {
-            long due = rate > 0 ? started + number * 1_000_000_000L / rate : System.nanoTime();
-            for (long left; (left = due - System.nanoTime()) > 0; ) {
-                LockSupport.parkNanos(left);
-            }
-            client.primitiveCall(properties, payload);
-            latencies[number] = (System.nanoTime() - due) / 1000;
-        }
+        long[] latencies = ask(client, properties, payload, count, rate);
         double seconds = (System.nanoTime() - started) / 1e9;
         Arrays.sort(latencies);
         System.out.printf(
@@ -98,6 +88,23 @@ public final class RpcLatency {
                 latencies[count / 2],
                 latencies[(int) (count * 0.99)]);
         client.close();
+    }
+
+    /** In microseconds; each from the moment at which the question was due. */
+    private static long[] ask(
+            RpcClient client, AMQP.BasicProperties properties, byte[] payload, int count, int rate)
+            throws Exception {
+        long[] latencies = new long[count];
+        long started = System.nanoTime();
+        for (int number = 0; number < count; number++) {
+            long due = rate > 0 ? started + number * 1_000_000_000L / rate : System.nanoTime();
+            for (long left; (left = due - System.nanoTime()) > 0; ) {
+                LockSupport.parkNanos(left);
+            }
+            client.primitiveCall(properties, payload);
+            latencies[number] = (System.nanoTime() - due) / 1000;
+        }
+        return latencies;
     }
 
     private RpcLatency() {}
