@@ -12,7 +12,7 @@ use clap::ValueEnum;
 use lab::{
     broker::Broker,
     docker, features, images, job, native, progress, shell, tools,
-    workspace::{self, write},
+    workspace::{self, read, write},
 };
 
 /// Runs all tests, on real brokers.
@@ -220,7 +220,7 @@ impl Part {
             }
             Self::Check => all(vec![cargo(&["lab", "check"])]),
             Self::Lab => all(vec![
-                cargo(&["test", "--lib", "--bins"]),
+                unit_tests()?,
                 cargo(&["test", "--package", "lab", "--test", "*"]),
             ]),
             Self::Kafka => {
@@ -266,6 +266,24 @@ fn all(commands: Vec<Command>) -> Result<Verdict> {
         }
     }
     Ok(verdict)
+}
+
+/// The unit tests of the libraries, and of the programs that have some: to build each
+/// example a second time, as a test without a test, takes minutes.
+fn unit_tests() -> Result<Command> {
+    let mut test = cargo(&["test", "--lib", "--bin", "bench", "--bin", "lab"]);
+    for source in workspace::sources_in(workspace::root())? {
+        if has_tests(&read(&source.path)?) {
+            test.args(["--bin", &source.name]);
+        }
+    }
+    Ok(test)
+}
+
+fn has_tests(source: &str) -> bool {
+    const MARKS: [&str; 3] = ["#[cfg(test)]", "#[test]", "#[tokio::test"];
+    let mut lines = source.lines().map(str::trim_start);
+    lines.any(|line| MARKS.iter().any(|mark| line.starts_with(mark)))
 }
 
 /// Runs the tests of the Kafka examples, with TLS where it can be built.
@@ -315,4 +333,30 @@ fn build_features(yes: bool) -> Result<Verdict> {
 fn build_with(feature: &str) -> Command {
     let feature = format!("kafka-examples/{feature}");
     cargo(&["build", "--bin", "kafka_producer", "--features", &feature])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_with_any_kind_of_test_is_tested() {
+        for text in [
+            "fn main() {}\n#[cfg(test)]\nmod tests {}\n",
+            "    #[test]\n    fn a() {}\n",
+            "#[tokio::test(flavor = \"multi_thread\")]\nasync fn a() {}\n",
+        ] {
+            assert!(has_tests(text), "{text}");
+        }
+        assert!(!has_tests("//! Run cargo test: #[test]\nfn main() {}\n"));
+    }
+
+    #[test]
+    fn the_examples_about_tests_are_among_the_unit_tests() -> Result<()> {
+        let command = shell::shown(&unit_tests()?);
+        for name in ["kafka_mock_tests", "nats_test_server"] {
+            assert!(command.contains(name), "{command}");
+        }
+        Ok(())
+    }
 }
