@@ -86,6 +86,8 @@ async fn control_acknowledged_first_a_killed_workers_task_is_lost() -> Result<()
     let mut first =
         Example::start(TASK_QUEUE, &["worker", "--ack-first"], rabbitmq)?;
     first.prints("start: Task 0").await?;
+    // A task takes 300 ms, and it must not come to the next one.
+    first.signal("STOP").await?;
     // The acknowledgement has been written before the line; when it has been
     // read, the next task is on its way to this worker.
     wait::until("Task 0 to be forgotten", async || {
