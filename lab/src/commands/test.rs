@@ -70,8 +70,8 @@ const THREADS: &str = "4";
 const NATS_THREADS: &str = "6";
 
 /// The same for the patterns. The tests of one of them take turns, and come one after
-/// the other: with so many threads, about three patterns are tested at a time.
-const PATTERN_THREADS: &str = "16";
+/// the other: with so many threads, two or three patterns are tested at a time.
+const PATTERN_THREADS: &str = "12";
 
 /// How a part ended.
 enum Verdict {
