@@ -16,6 +16,7 @@ pub mod pubsub;
 pub mod request_reply;
 pub mod retry_dlq;
 pub mod saga_orchestration;
+pub mod scatter_gather;
 pub mod task_queue;
 pub mod trace_propagation;
 pub mod transactional_outbox;

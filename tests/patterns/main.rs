@@ -14,6 +14,7 @@ mod pubsub;
 mod request_reply;
 mod retry_dlq;
 mod saga_orchestration;
+mod scatter_gather;
 mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;
