@@ -8,6 +8,7 @@ pub mod bridge;
 pub mod circuit_breaker;
 pub mod claim_check;
 pub mod delayed_message;
+pub mod event_replay;
 pub mod graceful_shutdown;
 pub mod idempotent_consumer;
 pub mod ordered_partitions;

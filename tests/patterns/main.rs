@@ -6,6 +6,7 @@ mod circuit_breaker;
 mod claim_check;
 mod common;
 mod delayed_message;
+mod event_replay;
 mod graceful_shutdown;
 mod idempotent_consumer;
 mod ordered_partitions;
