@@ -14,10 +14,10 @@ use serde::{Deserialize, Serialize};
 pub const ASKED: usize = 3;
 
 /// How long the shop waits, unless it is told.
-pub const DEADLINE: Duration = Duration::from_millis(1500);
+pub const DEADLINE: Duration = Duration::from_millis(2500);
 
 /// How long a slow carrier takes for an answer.
-pub const SLOW: Duration = Duration::from_secs(2);
+pub const SLOW: Duration = Duration::from_secs(4);
 
 /// What does it cost to send this?
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -22,7 +22,7 @@
 //!
 //! ```text
 //! ready:    3 carriers on shipping.offers
-//! asked:    2 kg, within 1500 ms
+//! asked:    2 kg, within 2500 ms
 //! answered: 2 of 3, by the deadline: nope no, swift 1580
 //! taken:    swift for 1580 cents
 //! asked:    3 kg, within 10000 ms
