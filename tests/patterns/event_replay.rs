@@ -4,6 +4,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use futures_lite::StreamExt as _;
 use lab::broker::Broker;
 use patterns::event_replay::{Kind, event};
 use rdkafka::{
@@ -313,17 +314,17 @@ async fn killed_in_a_replay_it_goes_on_without_a_gap_and_without_a_repeat()
     let _turn = TURN.lock().await;
     on_each(async |broker| {
         let shop = Shop::open(broker).await?;
-        shop.publish(1, 4000).await?;
+        shop.publish(1, 3000).await?;
         let file = shop.file("shop.db")?;
-        let middle = || Ok((500..4000).contains(&events(&file)?));
+        let middle = || Ok((500..3000).contains(&events(&file)?));
         kill_in_the_middle(&shop, &["analytics", &file], middle).await?;
         let before = events(&file)?;
         let (mut analytics, history) = shop.serve("analytics", &file, &[]).await?;
-        assert_eq!(history, 4000 - before);
+        assert_eq!(history, 3000 - before);
         analytics.prints("caught up:").await?;
-        until_counted(&file, 4000).await?;
-        shop.publish(4001, 4004).await?;
-        until_counted(&file, 4004).await?;
+        until_counted(&file, 3000).await?;
+        shop.publish(3001, 3004).await?;
+        until_counted(&file, 3004).await?;
         stop(analytics).await?;
         Ok(())
     })
@@ -336,19 +337,19 @@ async fn control_a_position_apart_from_the_table_counts_twice() -> Result<()> {
     let _turn = TURN.lock().await;
     on_each(async |broker| {
         let shop = Shop::open(broker).await?;
-        shop.publish(1, 4000).await?;
+        shop.publish(1, 3000).await?;
         let file = shop.file("shop.db")?;
         let careless = ["analytics", &file, "--careless"];
-        let middle = || Ok((500..4000).contains(&events(&file)?));
+        let middle = || Ok((500..3000).contains(&events(&file)?));
         kill_in_the_middle(&shop, &careless, middle).await?;
         let before = events(&file)?;
         let flags = ["--careless"];
         let (mut analytics, history) =
             shop.serve("analytics", &file, &flags).await?;
-        assert_eq!(history, 4000);
+        assert_eq!(history, 3000);
         analytics.prints("caught up:").await?;
-        assert_eq!(events(&file)?, 4000 + before);
-        ensure!(counted(&file)? != countries(4000), "nothing is twice");
+        assert_eq!(events(&file)?, 3000 + before);
+        ensure!(counted(&file)? != countries(3000), "nothing is twice");
         stop(analytics).await?;
         Ok(())
     })
@@ -418,6 +419,32 @@ async fn control_a_careless_replay_sends_each_mail_twice() -> Result<()> {
     .await
 }
 
+/// The server has forgotten the reader, as after a restart.
+#[tokio::test]
+async fn on_nats_a_forgotten_reader_is_made_again_where_the_table_is() -> Result<()>
+{
+    let _turn = TURN.lock().await;
+    let shop = Shop::open(Broker::Nats).await?;
+    shop.publish(1, 20).await?;
+    let file = shop.file("shop.db")?;
+    let (analytics, _history) = shop.serve("analytics", &file, &[]).await?;
+    until_counted(&file, 20).await?;
+    let jetstream = observe::nats::jetstream(shop.variable.1).await?;
+    let stream = jetstream.get_stream("ORDER_EVENTS").await?;
+    let mut names = stream.consumer_names();
+    let name = names.next().await.context("a consumer")??;
+    stream.delete_consumer(&name).await?;
+    shop.publish(21, 30).await?;
+    until_counted(&file, 30).await?;
+    analytics.interrupt().await?;
+    let ended = analytics.end().await?;
+    ensure!(ended.status.success(), "{}", ended.stderr);
+    let lost = "lost NATS, still trying (";
+    ensure!(ended.stderr.starts_with(lost), "{}", ended.stderr);
+    assert_eq!(ended.stderr.lines().count(), 1);
+    Ok(())
+}
+
 /// It is in the log for each replay to come, so it must not end one.
 #[tokio::test]
 async fn what_is_no_event_is_kept_and_passed_over() -> Result<()> {
@@ -439,7 +466,7 @@ async fn what_is_no_event_is_kept_and_passed_over() -> Result<()> {
         analytics.interrupt().await?;
         let ended = analytics.end().await?;
         ensure!(ended.status.success(), "{}", ended.stderr);
-        assert_eq!(ended.stderr, "set aside: 1 messages that are no event\n");
+        assert_eq!(ended.stderr, "set aside: 1 that nobody can read\n");
         let shown = shop.start(&["show", &file])?.end().await?.succeeded()?;
         let last = "country:   FR 1001 cents, 1 paid, 0 cancelled, 0 open\n\
                     mails:     0\n";

@@ -422,7 +422,7 @@ fn apply(
     let applied = block_in_place(|| tables.apply(batch, places, care));
     let applied = applied.context("not in the table; it will be read again")?;
     if applied.aside > 0 {
-        eprintln!("set aside: {} messages that are no event", applied.aside);
+        eprintln!("set aside: {} that nobody can read", applied.aside);
     }
     for line in progress.lines(applied, places) {
         println!("{line}");
