@@ -232,17 +232,20 @@ async fn control_without_bounds_the_worker_takes_the_whole_backlog() -> Result<(
     let _turn = TURN.lock().await;
     on_each(async |broker| {
         let shop = Shop::open(broker).await?;
+        // All of it is there when the worker begins: otherwise it prints about as fast
+        // as a slow machine produces.
+        shop.produce(LABELS).await?;
         let worker = shop.worker(&["--unbounded"]).await?;
         let idle = peak(&worker)?;
-        shop.produce(LABELS).await?;
         wait::until("a worker that has grown", async || {
             let grown = peak(&worker)?.saturating_sub(idle);
-            ensure!(grown > BACKLOG / 2, "{grown} bytes more than {idle}");
+            // What the bounded one may not reach.
+            ensure!(grown > BACKLOG / 3, "{grown} bytes more than {idle}");
             Ok(())
         })
         .await?;
         let [printed, held, back] = stop(worker).await?;
-        ensure!(held > LABELS / 2, "{held} were held");
+        ensure!(held > LABELS / 10, "{held} were held");
         ensure!(back > 0, "it had printed all");
         shop.has_left(LABELS - printed).await
     })

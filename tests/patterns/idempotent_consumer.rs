@@ -64,8 +64,17 @@ async fn published_twice_is_charged_once_and_noise_is_kept() -> Result<()> {
         ensure!(ended.stdout.ends_with("stopped\n"), "{}", ended.stdout);
         // What is set aside is done with: it does not come again.
         let next = Example::start(binary, &["consume", &ledger], variable)?;
+        let one = Example::start(binary, &["publish", "10", "10"], variable)?;
+        one.end().await?.succeeded()?;
+        wait::until("the tenth charge", async || {
+            let charges = count(&file, "charges")?;
+            ensure!(charges == 10, "{broker:?}: {charges}");
+            Ok(())
+        })
+        .await?;
         next.interrupt().await?;
-        next.end().await?;
+        let ended = next.end().await?.succeeded()?;
+        assert_eq!(ended.stderr, "");
         assert_eq!(count(&file, "unreadable")?, 1);
     }
     Ok(())
