@@ -263,7 +263,7 @@ async fn worker(
                 if count % u64::from(rate) == 0 {
                     println!("print:   {count} printed, {now} held");
                 }
-                if valve.turn(now) == Some(Turn::Resume) {
+                if bounds == Bounds::Set && valve.turn(now) == Some(Turn::Resume) {
                     resume(&consumer, next)?;
                 }
             }
