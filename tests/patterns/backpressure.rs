@@ -9,9 +9,9 @@ use lab::broker::Broker;
 use patterns::backpressure::{HIGH, LABEL, Printer};
 use tempfile::TempDir;
 use tests::{Example, broker, observe, wait};
-use tokio::{sync::Mutex, try_join};
+use tokio::sync::Mutex;
 
-use crate::common::{Pattern, nowhere};
+use crate::common::{Pattern, Place, nowhere, on_each};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_backpressure_kafka"),
@@ -20,6 +20,14 @@ const PATTERN: Pattern = Pattern {
     topics: &[("labels-due", "label-printer")],
     queues: &["labels.due"],
     streams: &["LABELS_DUE"],
+};
+
+const LABELS_DUE: Place = Place {
+    topic: "labels-due",
+    partitions: 1,
+    group: "label-printer",
+    queue: "labels.due",
+    stream: "LABELS_DUE",
 };
 
 /// 48 MB of them.
@@ -39,14 +47,9 @@ struct Shop {
 
 impl Shop {
     async fn open(broker: Broker) -> Result<Self> {
-        let (_broker, binary) = PATTERN
-            .binaries()
-            .into_iter()
-            .find(|(other, _binary)| *other == broker)
-            .context("each broker has a binary")?;
         Ok(Self {
             broker,
-            binary,
+            binary: PATTERN.binary(broker),
             variable: PATTERN.fresh(broker).await?,
             folder: TempDir::new()?,
         })
@@ -113,25 +116,7 @@ impl Shop {
     async fn has_left(&self, count: u64) -> Result<()> {
         let address = self.variable.1;
         wait::until("what is left", async || {
-            let left = match self.broker {
-                Broker::Kafka => {
-                    let lag = observe::kafka::lag(
-                        address,
-                        "labels-due",
-                        1,
-                        "label-printer",
-                    );
-                    u64::try_from(lag.await?)?
-                }
-                Broker::RabbitMq => observe::rabbitmq::ready(address, "labels.due")
-                    .await?
-                    .into(),
-                Broker::Nats => {
-                    let jetstream = observe::nats::jetstream(address).await?;
-                    let mut stream = jetstream.get_stream("LABELS_DUE").await?;
-                    stream.info().await?.state.messages
-                }
-            };
+            let left = LABELS_DUE.left(self.broker, address).await?;
             ensure!(left == count, "{left}, not {count}");
             Ok(())
         })
@@ -161,30 +146,10 @@ async fn stop(worker: Example) -> Result<[u64; 3]> {
     numbers.try_into().map_err(|_| anyhow::anyhow!("{last}"))
 }
 
-/// On the three brokers at the same time.
-async fn on_each(test: impl AsyncFn(Broker) -> Result<()>) -> Result<()> {
-    let told = async |broker| test(broker).await.with_context(|| broker.name());
-    try_join!(
-        told(Broker::Kafka),
-        told(Broker::RabbitMq),
-        told(Broker::Nats)
-    )?;
-    Ok(())
-}
-
 #[tokio::test]
 async fn the_stories_hold_no_more_than_the_bound_and_more_without() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each(async |broker| {
-        let shop = Shop::open(broker).await?;
-        for _time in 0..2 {
-            let ended = Example::start(shop.binary, &[], shop.variable)?;
-            let ended = ended.end().await?.succeeded()?;
-            ended.printed_what_its_header_says()?;
-        }
-        Ok(())
-    })
-    .await
+    PATTERN.stories().await
 }
 
 /// A producer that does not wait for the printer, and a worker that does.
@@ -238,8 +203,8 @@ async fn control_without_bounds_the_worker_takes_the_whole_backlog() -> Result<(
         // It says once a second how many it holds, and prints ten meanwhile.
         loop {
             let line = worker.prints(" held").await?;
-            let words = line.split(' ').filter_map(|word| word.parse().ok());
-            let held: u64 = words.last().with_context(|| line.clone())?;
+            let held = line.split(' ').rev().find_map(|word| word.parse().ok());
+            let held: u64 = held.with_context(|| line.clone())?;
             if held > LABELS * 3 / 4 {
                 break;
             }

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 use tests::{Example, observe, wait};
 use tokio::{sync::Mutex, task::spawn_blocking, try_join};
 
-use crate::common::{Pattern, nowhere};
+use crate::common::{Pattern, Place, nowhere, on_each};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_circuit_breaker_kafka"),
@@ -25,6 +25,21 @@ const PATTERN: Pattern = Pattern {
     topics: &[("charges-due", "charger"), ("charges-aside", "nobody")],
     queues: &["charges.due", "charges.aside"],
     streams: &["CHARGES", "CHARGES_ASIDE"],
+};
+
+const DUE: Place = Place {
+    topic: "charges-due",
+    partitions: 2,
+    group: "charger",
+    queue: "charges.due",
+    stream: "CHARGES",
+};
+const ASIDE: Place = Place {
+    topic: "charges-aside",
+    partitions: 2,
+    group: "nobody",
+    queue: "charges.aside",
+    stream: "CHARGES_ASIDE",
 };
 
 /// Queues, topics and streams belong to the pattern, so its tests take turns.
@@ -42,14 +57,9 @@ struct Shop {
 
 impl Shop {
     async fn open(broker: Broker) -> Result<Self> {
-        let (_broker, binary) = PATTERN
-            .binaries()
-            .into_iter()
-            .find(|(other, _binary)| *other == broker)
-            .context("each broker has a binary")?;
         Ok(Self {
             broker,
-            binary,
+            binary: PATTERN.binary(broker),
             variable: PATTERN.fresh(broker).await?,
             folder: TempDir::new()?,
             gateway: "127.0.0.1:0".to_owned(),
@@ -111,50 +121,15 @@ impl Shop {
 
     async fn has_left(&self, count: u64) -> Result<()> {
         wait::until("what is left", async || {
-            let left = self.left().await?;
+            let left = DUE.left(self.broker, self.variable.1).await?;
             ensure!(left == count, "{left}, not {count}");
             Ok(())
         })
         .await
     }
 
-    /// How many payments the broker still has.
-    async fn left(&self) -> Result<u64> {
-        let address = self.variable.1;
-        Ok(match self.broker {
-            Broker::Kafka => {
-                let lag = observe::kafka::lag(address, "charges-due", 2, "charger");
-                u64::try_from(lag.await?)?
-            }
-            Broker::RabbitMq => observe::rabbitmq::ready(address, "charges.due")
-                .await?
-                .into(),
-            Broker::Nats => {
-                let jetstream = observe::nats::jetstream(address).await?;
-                let mut stream = jetstream.get_stream("CHARGES").await?;
-                // Removed when it is acknowledged.
-                stream.info().await?.state.messages
-            }
-        })
-    }
-
     async fn aside(&self) -> Result<u64> {
-        let address = self.variable.1;
-        Ok(match self.broker {
-            Broker::Kafka => {
-                let kept =
-                    observe::kafka::lag(address, "charges-aside", 2, "nobody");
-                u64::try_from(kept.await?)?
-            }
-            Broker::RabbitMq => observe::rabbitmq::ready(address, "charges.aside")
-                .await?
-                .into(),
-            Broker::Nats => {
-                let jetstream = observe::nats::jetstream(address).await?;
-                let mut stream = jetstream.get_stream("CHARGES_ASIDE").await?;
-                stream.info().await?.state.messages
-            }
-        })
+        ASIDE.left(self.broker, self.variable.1).await
     }
 
     /// Who is in the group of the workers, by the ids that Kafka gives to members: who
@@ -193,29 +168,10 @@ impl Shop {
     }
 }
 
-/// On the three brokers at the same time.
-async fn on_each(test: impl AsyncFn(Broker) -> Result<()>) -> Result<()> {
-    let told = async |broker| test(broker).await.with_context(|| broker.name());
-    try_join!(
-        told(Broker::Kafka),
-        told(Broker::RabbitMq),
-        told(Broker::Nats)
-    )?;
-    Ok(())
-}
-
 #[tokio::test]
 async fn the_stories_open_half_open_and_close() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each(async |broker| {
-        let shop = Shop::open(broker).await?;
-        for _time in 0..2 {
-            let ended = shop.start(&[])?.end().await?;
-            ended.succeeded()?.printed_what_its_header_says()?;
-        }
-        Ok(())
-    })
-    .await
+    PATTERN.stories().await
 }
 
 /// Five payments, then an outage with a backlog of 25. The outage gets the gateway, and

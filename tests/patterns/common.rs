@@ -4,6 +4,7 @@
 use anyhow::{Result, ensure};
 use lab::broker::Broker;
 use tests::{Example, broker, example::fail_with_one_line, observe};
+use tokio::join;
 
 /// A pattern with a binary for each broker, and the places that belong to it.
 pub struct Pattern {
@@ -23,6 +24,14 @@ impl Pattern {
             (Broker::RabbitMq, self.rabbitmq),
             (Broker::Nats, self.nats),
         ]
+    }
+
+    pub fn binary(&self, broker: Broker) -> &'static str {
+        match broker {
+            Broker::Kafka => self.kafka,
+            Broker::RabbitMq => self.rabbitmq,
+            Broker::Nats => self.nats,
+        }
     }
 
     /// The variable and the address of the shared broker, without what an earlier test
@@ -52,14 +61,19 @@ impl Pattern {
 
     /// Each story prints what its header says, twice in a row.
     pub async fn stories(&self) -> Result<()> {
-        for (broker, binary) in self.binaries() {
+        on_each(async |broker| {
             let variable = self.fresh(broker).await?;
             for _time in 0..2 {
-                let ended = Example::start(binary, &[], variable)?.end().await?;
-                ended.succeeded()?.printed_what_its_header_says()?;
+                let story = Example::start(self.binary(broker), &[], variable)?;
+                story
+                    .end()
+                    .await?
+                    .succeeded()?
+                    .printed_what_its_header_says()?;
             }
-        }
-        Ok(())
+            Ok(())
+        })
+        .await
     }
 
     /// Wrong words get the usage, before anybody looks for a broker; without a broker
@@ -77,6 +91,62 @@ impl Pattern {
             fail_with_one_line(&[binary], variable, &parts).await?;
         }
         Ok(())
+    }
+}
+
+/// Does it on the three brokers at the same time. Each goes on to its end, so that two
+/// failures are told at once.
+///
+/// # Errors
+///
+/// All that have failed, each with its broker.
+pub async fn on_each(test: impl AsyncFn(Broker) -> Result<()>) -> Result<()> {
+    let told = async |broker: Broker| {
+        let failure = test(broker).await.err()?;
+        Some(format!("{}: {failure:?}", broker.name()))
+    };
+    let (kafka, rabbitmq, nats) = join!(
+        told(Broker::Kafka),
+        told(Broker::RabbitMq),
+        told(Broker::Nats)
+    );
+    let failed: Vec<String> =
+        [kafka, rabbitmq, nats].into_iter().flatten().collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    Ok(())
+}
+
+/// Where messages wait for the workers, on each broker.
+pub struct Place {
+    pub topic: &'static str,
+    pub partitions: i32,
+    /// The group that reads the topic.
+    pub group: &'static str,
+    pub queue: &'static str,
+    /// Removes what is acknowledged.
+    pub stream: &'static str,
+}
+
+impl Place {
+    /// How many messages the broker still has to hand out or to hear of. On RabbitMQ
+    /// without those that somebody holds.
+    pub async fn left(&self, broker: Broker, address: &str) -> Result<u64> {
+        Ok(match broker {
+            Broker::Kafka => {
+                let (topic, group) = (self.topic, self.group);
+                let lag =
+                    observe::kafka::lag(address, topic, self.partitions, group);
+                u64::try_from(lag.await?)?
+            }
+            Broker::RabbitMq => {
+                observe::rabbitmq::ready(address, self.queue).await?.into()
+            }
+            Broker::Nats => {
+                let jetstream = observe::nats::jetstream(address).await?;
+                let stream = jetstream.get_stream(self.stream).await?;
+                stream.get_info().await?.state.messages
+            }
+        })
     }
 }
 

@@ -15,9 +15,9 @@ use rdkafka::{
 use rusqlite::Connection;
 use tempfile::TempDir;
 use tests::{Example, observe, wait};
-use tokio::{sync::Mutex, try_join};
+use tokio::sync::Mutex;
 
-use crate::common::Pattern;
+use crate::common::{Pattern, on_each};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_event_replay_kafka"),
@@ -80,14 +80,9 @@ struct Shop {
 
 impl Shop {
     async fn open(broker: Broker) -> Result<Self> {
-        let (_broker, binary) = PATTERN
-            .binaries()
-            .into_iter()
-            .find(|(other, _binary)| *other == broker)
-            .context("each broker has a binary")?;
         Ok(Self {
             broker,
-            binary,
+            binary: PATTERN.binary(broker),
             variable: PATTERN.fresh(broker).await?,
             folder: TempDir::new()?,
         })
@@ -229,29 +224,10 @@ async fn stop(service: Example) -> Result<String> {
     Ok(said)
 }
 
-/// On the three brokers at the same time.
-async fn on_each(test: impl AsyncFn(Broker) -> Result<()>) -> Result<()> {
-    let told = async |broker| test(broker).await.with_context(|| broker.name());
-    try_join!(
-        told(Broker::Kafka),
-        told(Broker::RabbitMq),
-        told(Broker::Nats)
-    )?;
-    Ok(())
-}
-
 #[tokio::test]
 async fn the_stories_replay_without_a_repeat_and_without_a_mail() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each(async |broker| {
-        let shop = Shop::open(broker).await?;
-        for _time in 0..2 {
-            let ended = shop.start(&[])?.end().await?.succeeded()?;
-            ended.printed_what_its_header_says()?;
-        }
-        Ok(())
-    })
-    .await
+    PATTERN.stories().await
 }
 
 /// A publisher is at work while both services read the history.

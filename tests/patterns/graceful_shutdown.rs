@@ -8,9 +8,9 @@ use async_nats::jetstream::consumer::PullConsumer;
 use lab::broker::Broker;
 use patterns::graceful_shutdown::{Hold, MailServer, mail, send};
 use tests::{Example, observe, wait};
-use tokio::{sync::Mutex, time::timeout, try_join};
+use tokio::{sync::Mutex, time::timeout};
 
-use crate::common::{Pattern, nowhere};
+use crate::common::{Pattern, Place, nowhere, on_each};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_graceful_shutdown_kafka"),
@@ -23,6 +23,14 @@ const PATTERN: Pattern = Pattern {
 
 /// How many mails a worker sends at the same time.
 const AT_ONCE: usize = 4;
+
+const OUTGOING: Place = Place {
+    topic: "mails-outgoing",
+    partitions: 4,
+    group: "mail-workers",
+    queue: "mails.outgoing",
+    stream: "MAILS_OUTGOING",
+};
 
 /// Queue, topic and stream belong to the pattern, so its tests take turns.
 static TURN: Mutex<()> = Mutex::const_new(());
@@ -43,11 +51,7 @@ impl Shop {
         takes: Duration,
         hold: Hold,
     ) -> Result<Self> {
-        let (_broker, binary) = PATTERN
-            .binaries()
-            .into_iter()
-            .find(|(other, _binary)| *other == broker)
-            .context("each broker has a binary")?;
+        let binary = PATTERN.binary(broker);
         let variable = PATTERN.fresh(broker).await?;
         let words = ["producer", "1", &mails.to_string()];
         let producer = Example::start(binary, &words, variable)?;
@@ -104,32 +108,17 @@ impl Shop {
     /// How many mails the broker still has, when nobody holds any.
     async fn left(&self) -> Result<u64> {
         let address = self.variable.1;
-        Ok(match self.broker {
-            Broker::Kafka => {
-                let lag = observe::kafka::lag(
-                    address,
-                    "mails-outgoing",
-                    4,
-                    "mail-workers",
-                );
-                u64::try_from(lag.await?)?
-            }
-            Broker::RabbitMq => observe::rabbitmq::ready(address, "mails.outgoing")
-                .await?
-                .into(),
-            Broker::Nats => {
-                let stream = observe::nats::jetstream(address).await?;
-                let mut stream = stream.get_stream("MAILS_OUTGOING").await?;
-                let consumer = stream.get_consumer("mail-worker").await;
-                let mut consumer: PullConsumer =
-                    consumer.map_err(anyhow::Error::from_boxed)?;
-                let known = consumer.info().await?;
-                ensure!(known.num_ack_pending == 0, "{known:?}");
-                ensure!(known.num_redelivered == 0, "{known:?}");
-                // Removed when it is acknowledged.
-                stream.info().await?.state.messages
-            }
-        })
+        if self.broker == Broker::Nats {
+            let stream = observe::nats::jetstream(address).await?;
+            let stream = stream.get_stream("MAILS_OUTGOING").await?;
+            let consumer = stream.get_consumer("mail-worker").await;
+            let mut consumer: PullConsumer =
+                consumer.map_err(anyhow::Error::from_boxed)?;
+            let known = consumer.info().await?;
+            ensure!(known.num_ack_pending == 0, "{known:?}");
+            ensure!(known.num_redelivered == 0, "{known:?}");
+        }
+        OUTGOING.left(self.broker, address).await
     }
 
     async fn has_left(&self, count: u64) -> Result<()> {
@@ -160,17 +149,6 @@ impl Shop {
         );
         Ok(sent)
     }
-}
-
-/// On the three brokers at the same time.
-async fn on_each(test: impl AsyncFn(Broker) -> Result<()>) -> Result<()> {
-    let told = async |broker| test(broker).await.with_context(|| broker.name());
-    try_join!(
-        told(Broker::Kafka),
-        told(Broker::RabbitMq),
-        told(Broker::Nats)
-    )?;
-    Ok(())
 }
 
 #[tokio::test]

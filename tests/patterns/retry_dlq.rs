@@ -16,9 +16,9 @@ use tests::{
     observe::{kafka, nats, rabbitmq},
     wait,
 };
-use tokio::{sync::Mutex, try_join};
+use tokio::sync::Mutex;
 
-use crate::common::Pattern;
+use crate::common::{Pattern, Place, on_each};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_retry_dlq_kafka"),
@@ -41,22 +41,19 @@ const PATTERN: Pattern = Pattern {
     streams: &["PARCELS", "PARCELS_DEAD", "KV_PARCELS_FAILURES"],
 };
 
+const DEAD: Place = Place {
+    topic: "parcels-dead",
+    partitions: 1,
+    group: "parcels-redrive",
+    queue: "parcels.dead",
+    stream: "PARCELS_DEAD",
+};
+
 /// Bytes that are no parcel, with a line break that would end a header.
 const NOISE: &str = "two boxes,\r\nto Ghent";
 
 /// Queues, topics and streams belong to the pattern, so its tests take turns.
 static TURN: Mutex<()> = Mutex::const_new(());
-
-/// On the three brokers at the same time.
-async fn on_each(test: impl AsyncFn(Broker) -> Result<()>) -> Result<()> {
-    let told = async |broker| test(broker).await.with_context(|| broker.name());
-    try_join!(
-        told(Broker::Kafka),
-        told(Broker::RabbitMq),
-        told(Broker::Nats)
-    )?;
-    Ok(())
-}
 
 /// A broker without parcels, and a carrier that has booked none.
 struct Shop {
@@ -76,16 +73,11 @@ struct Letter {
 
 impl Shop {
     async fn open(broker: Broker) -> Result<Self> {
-        let (_broker, binary) = PATTERN
-            .binaries()
-            .into_iter()
-            .find(|(other, _binary)| *other == broker)
-            .context("each broker has a binary")?;
         let folder = TempDir::new()?;
         let file = folder.path().join("carrier.db");
         Ok(Self {
             broker,
-            binary,
+            binary: PATTERN.binary(broker),
             variable: PATTERN.fresh(broker).await?,
             carrier: Carrier::open(&file)?,
             file: file.to_string_lossy().into_owned(),
@@ -199,17 +191,7 @@ impl Shop {
     }
 
     async fn dead(&self) -> Result<u64> {
-        let address = self.variable.1;
-        Ok(match self.broker {
-            Broker::Kafka => {
-                let (topic, group) = PATTERN.topics[4];
-                u64::try_from(kafka::lag(address, topic, 1, group).await?)?
-            }
-            Broker::RabbitMq => {
-                u64::from(rabbitmq::ready(address, "parcels.dead").await?)
-            }
-            Broker::Nats => self.stream("PARCELS_DEAD").await?,
-        })
+        DEAD.left(self.broker, self.variable.1).await
     }
 
     async fn stream(&self, name: &str) -> Result<u64> {
@@ -313,14 +295,7 @@ async fn stop(worker: Example) -> Result<String> {
 #[tokio::test]
 async fn the_stories_book_each_parcel_once() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each(async |broker| {
-        let shop = Shop::open(broker).await?;
-        for _time in 0..2 {
-            shop.run(&[]).await?.printed_what_its_header_says()?;
-        }
-        Ok(())
-    })
-    .await
+    PATTERN.stories().await
 }
 
 #[tokio::test]

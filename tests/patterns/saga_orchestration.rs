@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tests::{Example, Supervised, observe, random, wait};
 use tokio::{sync::Mutex, time::sleep};
 
-use crate::common::{Pattern, nowhere};
+use crate::common::{Pattern, nowhere, on_each};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_saga_orchestration_kafka"),
@@ -47,15 +47,7 @@ static TURN: Mutex<()> = Mutex::const_new(());
 #[tokio::test(flavor = "multi_thread")]
 async fn the_stories_end_completed_or_compensated() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
-        for _time in 0..2 {
-            let ended = Example::start(shop.binary, &[], shop.variable)?.end();
-            let ended = ended.await?.succeeded()?;
-            ended.printed_what_its_header_says()?;
-        }
-        Ok(())
-    })
-    .await
+    PATTERN.stories().await
 }
 
 /// What has to happen to an order if everybody answers in time.
@@ -89,10 +81,10 @@ struct Shop {
 }
 
 impl Shop {
-    async fn open((broker, binary): (Broker, &'static str)) -> Result<Self> {
+    async fn open(broker: Broker) -> Result<Self> {
         Ok(Self {
             broker,
-            binary,
+            binary: PATTERN.binary(broker),
             variable: PATTERN.fresh(broker).await?,
             folder: tempfile::tempdir()?,
         })
@@ -299,20 +291,9 @@ async fn stop(programs: impl IntoIterator<Item = Supervised>) -> Result<()> {
     Ok(())
 }
 
-/// Does it on each broker at the same time.
-async fn on_each_broker(test: impl AsyncFn(Shop) -> Result<()>) -> Result<()> {
-    let [kafka, rabbitmq, nats] = PATTERN.binaries();
-    let run = async |of| {
-        let shop = Shop::open(of).await?;
-        test(shop).await.with_context(|| format!("on {:?}", of.0))
-    };
-    let (kafka, rabbitmq, nats) = tokio::join!(run(kafka), run(rabbitmq), run(nats));
-    let failed: Vec<String> = [kafka, rabbitmq, nats]
-        .into_iter()
-        .filter_map(|result| Some(format!("{:#}", result.err()?)))
-        .collect();
-    ensure!(failed.is_empty(), "{}", failed.join("\n"));
-    Ok(())
+/// On the three brokers at the same time.
+async fn on_each_shop(test: impl AsyncFn(Shop) -> Result<()>) -> Result<()> {
+    on_each(async |broker| test(Shop::open(broker).await?).await).await
 }
 
 /// The services stand still, and each of them goes on for one command. So each step
@@ -321,7 +302,7 @@ async fn on_each_broker(test: impl AsyncFn(Shop) -> Result<()>) -> Result<()> {
 async fn killed_at_every_step_the_orchestrator_forgets_none_and_invents_none()
 -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         let mut orchestrator = shop.orchestrator(NO_DEADLINE).await?;
         let mut services = shop.services().await?;
         for service in &services {
@@ -384,7 +365,7 @@ async fn whoever_is_killed_each_order_goes_its_way() -> Result<()> {
     const ORDERS: u64 = 40;
     const KILLS: usize = 12;
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         let mut random = random::seeded();
         let mut programs = shop.services().await?;
         programs.push(shop.orchestrator(NO_DEADLINE).await?);
@@ -414,7 +395,7 @@ async fn whoever_is_killed_each_order_goes_its_way() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_written_comes_again() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         let variable = shop.variable;
         let file = shop.file(INBOX);
         let words = ["orchestrator", &file.to_string_lossy()];
@@ -491,7 +472,7 @@ async fn refuse_commands(shop: &Shop, refuse: bool) -> Result<()> {
 async fn a_command_that_the_broker_does_not_store_stays_in_the_outbox() -> Result<()>
 {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         if shop.broker == Broker::Kafka {
             refuse_commands(&shop, true).await?;
         }
@@ -522,7 +503,7 @@ async fn a_command_that_the_broker_does_not_store_stays_in_the_outbox() -> Resul
 #[tokio::test]
 async fn a_message_outlives_however_many_programs_it_finds_dead() -> Result<()> {
     let _turn = TURN.lock().await;
-    let shop = Shop::open((Broker::RabbitMq, PATTERN.rabbitmq)).await?;
+    let shop = Shop::open(Broker::RabbitMq).await?;
     shop.place(1, 1).await?;
     for _time in 0..30 {
         let (connection, channel) =
@@ -544,7 +525,7 @@ async fn a_message_outlives_however_many_programs_it_finds_dead() -> Result<()> 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_payment_that_comes_too_late_is_refunded_once() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         let mut orchestrator = shop.orchestrator("3").await?;
         shop.place(1, 1).await?;
         shop.until(1, "placed").await?;
@@ -578,7 +559,7 @@ async fn a_payment_that_comes_too_late_is_refunded_once() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_comes_twice_or_out_of_turn_changes_nothing() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         let mut orchestrator = shop.orchestrator(NO_DEADLINE).await?;
         let payment = shop.service(Participant::Payment).await?;
         // Twice in the middle: the stock is not there yet.
@@ -631,7 +612,7 @@ async fn what_comes_twice_or_out_of_turn_changes_nothing() -> Result<()> {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_nobody_can_read_is_kept_and_keeps_nobody() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         let orchestrator = shop.orchestrator(NO_DEADLINE).await?;
         let services = shop.services().await?;
         shop.send(INBOX, "noise", b"\x01").await?;
@@ -684,7 +665,7 @@ async fn for_the_stock(shop: &Shop) -> Result<usize> {
 async fn control_an_orchestrator_with_its_table_in_memory_forgets_an_order()
 -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each_broker(async |shop| {
+    on_each_shop(async |shop| {
         let words = ["orchestrator", "--in-memory", "--deadline", NO_DEADLINE];
         let start = || Example::start(shop.binary, &words, shop.variable);
         let mut first = start()?;

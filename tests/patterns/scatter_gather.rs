@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use lab::broker::Broker;
 use lapin::{
     BasicProperties,
@@ -14,9 +14,9 @@ use rdkafka::{
     producer::{FutureProducer, FutureRecord},
 };
 use tests::{Example, example::Ended, observe, wait};
-use tokio::{sync::Mutex, try_join};
+use tokio::sync::Mutex;
 
-use crate::common::Pattern;
+use crate::common::{self, Pattern};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_scatter_gather_kafka"),
@@ -44,16 +44,10 @@ struct Place {
 
 impl Place {
     async fn open(broker: Broker) -> Result<Self> {
-        let (_broker, binary) = PATTERN
-            .binaries()
-            .into_iter()
-            .find(|(other, _binary)| *other == broker)
-            .context("each broker has a binary")?;
-        let variable = PATTERN.fresh(broker).await?;
         Ok(Self {
             broker,
-            binary,
-            variable,
+            binary: PATTERN.binary(broker),
+            variable: PATTERN.fresh(broker).await?,
         })
     }
 
@@ -96,30 +90,14 @@ async fn stop(carriers: Vec<Example>) -> Result<()> {
 
 /// On the three brokers at the same time.
 async fn on_each(test: impl AsyncFn(Place) -> Result<()>) -> Result<()> {
-    let told = async |broker: Broker| {
-        let place = Place::open(broker).await?;
-        test(place).await.with_context(|| broker.name())
-    };
-    try_join!(
-        told(Broker::Kafka),
-        told(Broker::RabbitMq),
-        told(Broker::Nats)
-    )?;
-    Ok(())
+    common::on_each(async |broker| test(Place::open(broker).await?).await).await
 }
 
 /// A late answer to the first question comes while the second one waits.
 #[tokio::test]
 async fn the_stories_take_the_cheapest_in_time_and_no_late_one() -> Result<()> {
     let _turn = TURN.lock().await;
-    on_each(async |place| {
-        for _time in 0..2 {
-            let ended = place.start(&[])?.end().await?;
-            ended.succeeded()?.printed_what_its_header_says()?;
-        }
-        Ok(())
-    })
-    .await
+    PATTERN.stories().await
 }
 
 /// Who waits for all gets the cheapest, who takes the first does not.
