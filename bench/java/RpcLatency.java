@@ -18,7 +18,7 @@ import java.util.concurrent.locks.LockSupport;
  */
 public final class RpcLatency {
     private static final String QUESTIONS = "latency.quotes";
-    private static final int SIZE = 128;
+    private static final int SIZE = 100;
     private static final String EXPIRATION = "8000";
 
     /** Asked before it is measured, until the virtual machine has compiled the way. */

@@ -21,9 +21,6 @@ use crate::{
     server::Server,
 };
 
-/// Of each message, in bytes.
-pub const SIZE: u32 = 128;
-
 /// Fewer say nothing about how far the samples spread.
 const FEWEST_REPEATS: u32 = 5;
 

@@ -7,7 +7,7 @@ use lab::{shell, tools};
 
 use crate::{
     measure::{
-        Before, Bench, Beside, Context, Plan, Printed, SIZE, Task, Values,
+        Before, Bench, Beside, Context, Plan, Printed, Task, Values,
         latencies_of_example, locked_version, number, rate_of_example, versions,
     },
     process::Call,
@@ -22,6 +22,9 @@ const PUBLISH_ASYNC: &str = "nats_jetstream_publish_async";
 const PUBLISH: &str = "nats_jetstream_publish";
 const PULL_CONSUMER: &str = "nats_jetstream_pull_consumer";
 const LATENCY: &str = "nats_request_latency";
+
+/// Of each message, in bytes.
+const SIZE: u32 = 128;
 
 const SUBJECT: &str = "bench.core";
 const SERVICE: &str = "bench.service";

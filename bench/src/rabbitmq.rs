@@ -12,8 +12,8 @@ use lab::{native, packages, shell, tools, workspace};
 
 use crate::{
     measure::{
-        Before, Bench, Beside, Context, Plan, SIZE, Task, Values,
-        latencies_of_example, locked_version, number, rate_of_example, versions,
+        Before, Bench, Beside, Context, Plan, Task, Values, latencies_of_example,
+        locked_version, number, rate_of_example, versions,
     },
     process::Call,
     report::{Measure, Text, Versions},
@@ -29,6 +29,9 @@ const LATENCY: &str = "rabbitmq_rpc_latency";
 const JAVA_LATENCY: &str = include_str!("../java/RpcLatency.java");
 /// How many requests a second, where they come by the clock.
 const RATE: u32 = 1000;
+
+/// Of each message, in bytes; that of the questions is fixed in the example.
+const SIZE: u32 = 100;
 
 /// The queues of the two examples, which the tool uses too.
 const PUBLISHED: &str = "confirms.pipelined.payments";

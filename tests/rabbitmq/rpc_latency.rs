@@ -46,7 +46,7 @@ async fn two_programs_ask_and_answer_both_ways() -> Result<()> {
     responder.prints("ready:").await?;
     for way in ["direct", "queue"] {
         let asked = start(&[way, "50"], &address)?.end().await?.succeeded()?;
-        let begin = "answered: 50 requests of 128 B in ";
+        let begin = "answered: 50 requests of 100 B in ";
         ensure!(asked.stdout.starts_with(begin), "{}", asked.stdout);
         ensure!(asked.stdout.ends_with(&format!(", {way}\n")));
     }
@@ -85,7 +85,7 @@ async fn the_delay_of_each_answer_is_measured_from_its_due_time() -> Result<()> 
         for number in 0..20 {
             let question = timeout(DEADLINE, questions.next()).await?;
             let question = question.context("ended")??;
-            assert_eq!(question.data.len(), 128);
+            assert_eq!(question.data.len(), 100);
             let asker = question.properties.reply_to().clone().context("nobody")?;
             ensure!(asker.as_str().starts_with(reply_to), "{asker}");
             let answer = async |id: String| {
@@ -103,7 +103,7 @@ async fn the_delay_of_each_answer_is_measured_from_its_due_time() -> Result<()> 
             answer(number.to_string()).await?;
         }
         let asked = asking.end().await?.succeeded()?;
-        let begin = "answered: 20 requests of 128 B in ";
+        let begin = "answered: 20 requests of 100 B in ";
         ensure!(asked.stdout.starts_with(begin), "{}", asked.stdout);
         // All are due within 20 ms and answered in 100: the later ones waited.
         let p50 = number_after("(p50 ", &asked.stdout)?;

@@ -10,7 +10,7 @@
 //!
 //! ```text
 //! cargo run --bin rabbitmq_consumer_throughput                     # all three ways
-//! cargo run --release --bin rabbitmq_consumer_throughput producer 200000 128
+//! cargo run --release --bin rabbitmq_consumer_throughput producer 200000 100
 //! cargo run --release --bin rabbitmq_consumer_throughput joined 200000
 //! ```
 //!
@@ -19,10 +19,10 @@
 //! Expected output:
 //!
 //! ```text
-//! stored:   3000 messages of 128 B
-//! consumed: 1000 messages of 128 B in <time> s (<rate> msg/s), each
-//! consumed: 1000 messages of 128 B in <time> s (<rate> msg/s), joined
-//! consumed: 1000 messages of 128 B in <time> s (<rate> msg/s), multiple
+//! stored:   3000 messages of 100 B
+//! consumed: 1000 messages of 100 B in <time> s (<rate> msg/s), each
+//! consumed: 1000 messages of 100 B in <time> s (<rate> msg/s), joined
+//! consumed: 1000 messages of 100 B in <time> s (<rate> msg/s), multiple
 //! ready:    0 messages are left
 //! ```
 //!
@@ -56,7 +56,7 @@ const QUEUE: &str = "throughput.readings";
 const PREFETCH: u16 = 500;
 /// How many acknowledgements are handed over at once, at most.
 const GROUP: usize = 64;
-const SIZE: usize = 128;
+const SIZE: usize = 100;
 
 /// How long the broker may take to answer before it counts as not there.
 const PATIENCE: Duration = Duration::from_secs(8);

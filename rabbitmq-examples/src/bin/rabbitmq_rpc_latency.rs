@@ -19,8 +19,8 @@
 //!
 //! ```text
 //! ready:    answers latency.quotes
-//! answered: 500 requests of 128 B in <seconds> s (p50 <us> us, p99 <us> us), direct
-//! answered: 500 requests of 128 B in <seconds> s (p50 <us> us, p99 <us> us), queue
+//! answered: 500 requests of 100 B in <seconds> s (p50 <us> us, p99 <us> us), direct
+//! answered: 500 requests of 100 B in <seconds> s (p50 <us> us, p99 <us> us), queue
 //! ```
 //!
 //! Left out on purpose: several questions at a time, as `rabbitmq_rpc` has them.
@@ -57,7 +57,7 @@ use tokio::{
 const DEFAULT_URL: &str = "amqp://guest:guest@localhost:5672/%2f";
 const QUESTIONS: &str = "latency.quotes";
 const REPLY_TO: &str = "amq.rabbitmq.reply-to";
-const SIZE: usize = 128;
+const SIZE: usize = 100;
 const USAGE: &str = "usage: rabbitmq_rpc_latency [responder | \
      direct COUNT [RATE] | queue COUNT [RATE]]";
 
