@@ -250,9 +250,7 @@ impl Caller {
         // Where it begins is settled before the first question: "from the end" would be
         // settled some time later, and an answer could be there by then. And assigned,
         // not subscribed: no group has to agree first.
-        let asking = Arc::clone(&answers);
-        let ask = move || asking.fetch_watermarks(REPLIES, partition, PATIENCE);
-        let (_first, end) = spawn_blocking(ask).await??;
+        let end = end_of_partition(&answers, partition).await?;
         let mut assignment = TopicPartitionList::new();
         let begin = Offset::Offset(end);
         assignment.add_partition_offset(REPLIES, partition, begin)?;
@@ -329,6 +327,27 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 // ANCHOR_END: ask
+
+/// Where the partition of the answers ends. A new one has no leader for a moment, who
+/// could tell.
+async fn end_of_partition(
+    answers: &Arc<StreamConsumer>,
+    partition: i32,
+) -> Result<i64> {
+    for _look in 0..100 {
+        let asking = Arc::clone(answers);
+        let ask = move || asking.fetch_watermarks(REPLIES, partition, PATIENCE);
+        match spawn_blocking(ask).await? {
+            Ok((_first, end)) => return Ok(end),
+            Err(KafkaError::MetadataFetch(
+                RDKafkaErrorCode::NotLeaderForPartition
+                | RDKafkaErrorCode::LeaderNotAvailable,
+            )) => sleep(Duration::from_millis(50)).await,
+            Err(error) => return Err(error).context("cannot read the answers"),
+        }
+    }
+    bail!("partition {partition} of {REPLIES} has no leader")
+}
 
 /// Asks so many questions at the same time, and compares each answer with its question.
 async fn ask_all(caller: &Arc<Caller>, count: u64) -> Result<u64> {
