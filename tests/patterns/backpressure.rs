@@ -296,7 +296,8 @@ async fn a_printer_without_paper_is_told() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 5] = [
+    let wrong: [&[&str]; 6] = [
+        &["producer", "5", "3"],
         &["producer", "1"],
         &["worker"],
         &["worker", "printed.db", "--bounded"],

@@ -461,7 +461,8 @@ async fn two_gateways_do_not_share_a_place_and_a_broken_ledger_is_told() -> Resu
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 6] = [
+    let wrong: [&[&str]; 7] = [
+        &["producer", "5", "3"],
         &["producer", "1"],
         &["producer", "one", "2"],
         &["gateway"],

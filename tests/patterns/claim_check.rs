@@ -501,8 +501,10 @@ fn mend(place: &Path, document: &[u8]) -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 4] = [
+    let wrong: [&[&str]; 6] = [
         &["publish", "1"],
+        &["publish", "5", "3"],
+        &["publish", "5", "3", "x"],
         &["publish", "1", "many", "x"],
         &["whole", "0"],
         &["sweep", "soon"],

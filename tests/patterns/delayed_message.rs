@@ -620,7 +620,8 @@ async fn kept_noise(broker: Broker, address: &str, file: &Path) -> Result<Vec<u8
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 4] = [
+    let wrong: [&[&str]; 5] = [
+        &["plan", "9", "1", "5"],
         &["plan", "1", "9"],
         &["plan", "1", "9", "soon"],
         &["cancel"],

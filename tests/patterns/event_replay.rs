@@ -520,7 +520,8 @@ async fn a_gap_another_log_and_a_lost_file_are_refused() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 6] = [
+    let wrong: [&[&str]; 7] = [
+        &["publish", "5", "3"],
         &["publish", "1"],
         &["publish", "0", "9"],
         &["analytics"],

@@ -424,7 +424,8 @@ async fn the_mail_server_says_what_it_was_handed_before() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 4] = [
+    let wrong: [&[&str]; 5] = [
+        &["producer", "5", "3"],
         &["producer", "1"],
         &["producer", "1", "many"],
         &["worker", "--deadline", "soon"],

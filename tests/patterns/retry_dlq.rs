@@ -538,7 +538,8 @@ async fn control_tried_again_at_once_all_parcels_are_dead() -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 6] = [
+    let wrong: [&[&str]; 7] = [
+        &["producer", "5", "3"],
         &["consumer"],
         &["worker"],
         &["worker", "carrier.db", "--fast"],

@@ -707,7 +707,8 @@ async fn control_an_orchestrator_with_its_table_in_memory_forgets_an_order()
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 7] = [
+    let wrong: [&[&str]; 8] = [
+        &["order", "5", "3"],
         &["orchestrator"],
         &["orchestrator", "x.db", "--deadline", "soon"],
         &["orchestrator", "x.db", "--deadline", "0"],

@@ -527,6 +527,7 @@ async fn wrong_words_get_the_usage_and_a_missing_broker_one_line() -> Result<()>
             &["serve", "fast"],
             &["publish", "1"],
             &["publish", "one", "2"],
+            &["publish", "5", "3"],
             &["publish", "1", "2", "--inject"],
         ] {
             let ended = Example::start_with(binary, words, &sides)?.end().await?;

@@ -94,7 +94,7 @@ async fn main() -> ExitCode {
     let result = match words[..] {
         [] => story().await,
         ["producer", first, last] => match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) => producer(first, last).await,
+            (Ok(first), Ok(last)) if first <= last => producer(first, last).await,
             _ => return usage(),
         },
         ["worker", file, ref flags @ ..] => {

@@ -107,7 +107,7 @@ async fn main() -> ExitCode {
     let result = match words[..] {
         [] => story().await,
         ["producer", first, last] => match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) => producer(first, last).await,
+            (Ok(first), Ok(last)) if first <= last => producer(first, last).await,
             _ => return usage(),
         },
         ["gateway", file] => gateway(file, 0..0).await,

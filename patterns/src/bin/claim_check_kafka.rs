@@ -98,7 +98,7 @@ async fn main() -> ExitCode {
                 _ => return usage(),
             };
             match (first.parse(), last.parse()) {
-                (Ok(first), Ok(last)) => {
+                (Ok(first), Ok(last)) if first <= last => {
                     publish_all(first, last, folder, fate).await
                 }
                 _ => return usage(),

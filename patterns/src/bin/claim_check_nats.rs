@@ -120,7 +120,9 @@ async fn main() -> ExitCode {
                 _ => return usage(),
             };
             match (first.parse(), last.parse()) {
-                (Ok(first), Ok(last)) => publish_all(first, last, fate).await,
+                (Ok(first), Ok(last)) if first <= last => {
+                    publish_all(first, last, fate).await
+                }
                 _ => return usage(),
             }
         }

@@ -103,7 +103,7 @@ async fn main() -> ExitCode {
         [] => story().await,
         ["plan", first, last, seconds] => {
             match (first.parse(), last.parse(), seconds.parse()) {
-                (Ok(first), Ok(last), Ok(seconds)) => {
+                (Ok(first), Ok(last), Ok(seconds)) if first <= last => {
                     plan_all(first, last, Duration::from_secs(seconds)).await
                 }
                 _ => return usage(),

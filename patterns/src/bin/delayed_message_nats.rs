@@ -99,7 +99,7 @@ async fn main() -> ExitCode {
         [] => story().await,
         ["plan", first, last, seconds] => {
             match (first.parse(), last.parse(), seconds.parse()) {
-                (Ok(first), Ok(last), Ok(seconds)) => {
+                (Ok(first), Ok(last), Ok(seconds)) if first <= last => {
                     plan_all(first, last, seconds).await
                 }
                 _ => return usage(),

@@ -113,7 +113,7 @@ async fn main() -> ExitCode {
                 _ => return usage(),
             };
             match (first.parse(), last.parse(), seconds.parse()) {
-                (Ok(first), Ok(last), Ok(seconds)) => {
+                (Ok(first), Ok(last), Ok(seconds)) if first <= last => {
                     plan_all(first, last, seconds, queues).await
                 }
                 _ => return usage(),

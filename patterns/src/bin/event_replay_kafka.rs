@@ -93,7 +93,9 @@ async fn main() -> ExitCode {
     let result = match words[..] {
         [] => story().await,
         ["publish", first, last] => match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) if first > 0 => publish_all(first, last).await,
+            (Ok(first), Ok(last)) if (1..=last).contains(&first) => {
+                publish_all(first, last).await
+            }
             _ => return usage(),
         },
         ["analytics", file] => {

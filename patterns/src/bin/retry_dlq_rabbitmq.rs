@@ -109,7 +109,7 @@ async fn main() -> ExitCode {
     let result = match words[..] {
         [] => story().await,
         ["producer", first, last] => match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) => produce(first, last).await,
+            (Ok(first), Ok(last)) if first <= last => produce(first, last).await,
             _ => return usage(),
         },
         ["worker", file] => worker(file, Pace::Ladder).await,

@@ -137,7 +137,11 @@ async fn run(words: &[&str]) -> Option<Result<()>> {
             place(number, number).await
         }
         ["order", first, last] => {
-            place(first.parse().ok()?, last.parse().ok()?).await
+            let (first, last) = (first.parse().ok()?, last.parse().ok()?);
+            if first > last {
+                return None;
+            }
+            place(first, last).await
         }
         ["show", file] => show(file),
         _ => return None,

@@ -105,7 +105,9 @@ async fn main() -> ExitCode {
     let result = match words {
         [] => story().await,
         ["publish", first, last] => match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) => publish_all(first, last, inject).await,
+            (Ok(first), Ok(last)) if first <= last => {
+                publish_all(first, last, inject).await
+            }
             _ => return usage(),
         },
         ["serve"] => serve(inject).await,
