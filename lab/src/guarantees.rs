@@ -27,18 +27,21 @@ pub enum Fault {
     BrokerKilled,
     /// It answers nobody for a while.
     BrokerFrozen,
+    /// Of three nodes the one that leads: SIGKILL, and it is started again.
+    LeaderKilled,
     /// What the worker sends is dropped, the acknowledgement of its work with it; then
     /// the connection is cut.
     ConnectionCut,
 }
 
 impl Fault {
-    const ALL: [Self; 5] = [
+    const ALL: [Self; 6] = [
         Self::WorkerKilled,
         Self::WorkerFrozen,
         Self::ConnectionCut,
         Self::BrokerKilled,
         Self::BrokerFrozen,
+        Self::LeaderKilled,
     ];
 
     /// The name in file names and on the screen.
@@ -49,6 +52,7 @@ impl Fault {
             Self::WorkerFrozen => "worker-frozen",
             Self::BrokerKilled => "broker-killed",
             Self::BrokerFrozen => "broker-frozen",
+            Self::LeaderKilled => "leader-killed",
             Self::ConnectionCut => "connection-cut",
         }
     }
@@ -59,11 +63,13 @@ impl Fault {
             (Language::English, Self::WorkerFrozen) => "worker frozen",
             (Language::English, Self::BrokerKilled) => "broker killed",
             (Language::English, Self::BrokerFrozen) => "broker frozen",
+            (Language::English, Self::LeaderKilled) => "leader killed",
             (Language::English, Self::ConnectionCut) => "connection cut",
             (Language::Chinese, Self::WorkerKilled) => "杀掉 worker",
             (Language::Chinese, Self::WorkerFrozen) => "冻住 worker",
             (Language::Chinese, Self::BrokerKilled) => "杀掉 broker",
             (Language::Chinese, Self::BrokerFrozen) => "冻住 broker",
+            (Language::Chinese, Self::LeaderKilled) => "杀掉领导者",
             (Language::Chinese, Self::ConnectionCut) => "切断连接",
         }
     }
@@ -132,7 +138,8 @@ pub struct Counts {
     /// Effects that were there before.
     pub doubled: u64,
     /// Messages whose first effect came after that of a later one with the same key.
-    pub reordered: u64,
+    /// None where the effects of several programs have no common order.
+    pub reordered: Option<u64>,
 }
 
 impl Counts {
@@ -154,7 +161,7 @@ impl Counts {
             Some(self.lost),
             self.repeated,
             Some(self.doubled),
-            Some(self.reordered),
+            self.reordered,
         ]
     }
 }
@@ -162,7 +169,7 @@ impl Counts {
 /// A line of the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Cell {
-    /// As in the name of the example, `idempotent_consumer`.
+    /// As in the name of the example, `idempotent_consumer`; see [`Cell::example`].
     pub pattern: String,
     /// The words on its command line that make it the control; empty if it is none.
     pub variant: String,
@@ -175,6 +182,26 @@ pub struct Cell {
 }
 
 impl Cell {
+    /// The name of the example: of a pattern the broker comes last, and of a lesson of
+    /// one broker, as that of its three nodes, it comes first.
+    #[must_use]
+    pub fn example(&self) -> String {
+        let (pattern, broker) = (&self.pattern, self.broker.name());
+        match self.fault {
+            Fault::LeaderKilled => format!("{broker}_{pattern}"),
+            _ => format!("{pattern}_{broker}"),
+        }
+    }
+
+    /// The command that counts it again.
+    fn counted_by(&self) -> String {
+        let part = match self.fault {
+            Fault::LeaderKilled => self.broker.name(),
+            _ => "faults",
+        };
+        format!("LAB_RECORD=1 cargo lab test {part}")
+    }
+
     /// # Errors
     ///
     /// If the counts do not keep the claim; or, of a control, if they do.
@@ -188,9 +215,9 @@ impl Cell {
         let kept = match self.claim {
             Claim::AtLeastOnce => lost == 0,
             Claim::EffectivelyOnce => lost == 0 && doubled == 0,
-            Claim::InOrder => lost == 0 && reordered == 0,
+            Claim::InOrder => lost == 0 && reordered == Some(0),
             Claim::Control => lost + doubled > 0,
-            Claim::OrderControl => reordered > 0,
+            Claim::OrderControl => reordered.is_some_and(|count| count > 0),
         };
         ensure!(kept, "it should be {}: {self:?}", self.claim.name());
         Ok(())
@@ -229,7 +256,7 @@ impl Cell {
             "times": self.times,
             "claim": self.claim.name(),
             "counts": counts,
-            "code": code(root, &self.pattern, self.broker)?,
+            "code": code(root, self)?,
         });
         let text = serde_json::to_string_pretty(&cell)?;
         write(&self.file(root), &format!("{text}\n"))?;
@@ -243,8 +270,8 @@ impl Cell {
     /// If it is not, with the way out.
     pub fn is_recorded(&self, root: &Path) -> Result<()> {
         let file = self.file(root);
-        let way_out = "run LAB_RECORD=1 cargo lab test faults, then cargo lab index";
-        let (recorded, _code) = parse(&read(&file).context(way_out)?)
+        let way_out = format!("run {}, then cargo lab index", self.counted_by());
+        let (recorded, _code) = parse(&read(&file).context(way_out.clone())?)
             .with_context(|| shown(root, &file))?;
         ensure!(
             recorded.claim == self.claim && recorded.times == self.times,
@@ -260,12 +287,24 @@ fn folder(root: &Path) -> PathBuf {
 }
 
 /// What stands for the code that was tested.
-fn code(root: &Path, pattern: &str, broker: Broker) -> Result<String> {
-    let source = root.join("patterns/src");
-    let broker = broker.name();
-    let example = read(&source.join(format!("bin/{pattern}_{broker}.rs")))?;
-    // Not each pattern has something that is common to all brokers.
-    let common = read(&source.join(format!("{pattern}.rs"))).unwrap_or_default();
+fn code(root: &Path, cell: &Cell) -> Result<String> {
+    let (pattern, source) = (&cell.pattern, root.join("patterns/src"));
+    let example = match cell.fault {
+        Fault::LeaderKilled => {
+            root.join(format!("{}-examples/src", cell.broker.name()))
+        }
+        _ => source.clone(),
+    };
+    let example = read(&example.join(format!("bin/{}.rs", cell.example())))?;
+    // Not each pattern has something that is common to all brokers, and some have more
+    // than one file of it.
+    let mut common = read(&source.join(format!("{pattern}.rs"))).unwrap_or_default();
+    let folder = source.join(pattern);
+    if folder.is_dir() {
+        for file in files(&folder, "rs")? {
+            common.push_str(&read(&file)?);
+        }
+    }
     // A comment counts nothing, so it may be mended without counting again.
     let counted: Vec<&str> = example
         .lines()
@@ -309,7 +348,7 @@ fn parse(text: &str) -> Result<(Cell, String)> {
             lost: count("lost")?,
             repeated: value["counts"]["repeated"].as_u64(),
             doubled: count("doubled")?,
-            reordered: count("reordered")?,
+            reordered: value["counts"]["reordered"].as_u64(),
         },
     };
     Ok((cell, string("code")?.to_owned()))
@@ -325,7 +364,13 @@ fn recorded(root: &Path) -> Result<Vec<(PathBuf, Cell, String)>> {
     }
     let order = |cell: &Cell| {
         let is_control = matches!(cell.claim, Claim::Control | Claim::OrderControl);
-        let name = (cell.pattern.clone(), is_control, cell.variant.clone());
+        // What is about three nodes comes after what one is enough for.
+        let several = cell.fault == Fault::LeaderKilled;
+        let pattern = match several {
+            true => String::new(),
+            false => cell.pattern.clone(),
+        };
+        let name = (several, pattern, is_control, cell.variant.clone());
         (name, cell.broker as usize, cell.fault)
     };
     cells.sort_by_key(|(_, cell, _)| order(cell));
@@ -355,9 +400,8 @@ fn table(root: &Path, language: Language) -> Result<(PathBuf, String)> {
         // Writing to a string cannot fail.
         let _ = write!(
             text,
-            "| `{}_{}{variant}` | {} | {} × {} |",
-            cell.pattern,
-            cell.broker.name(),
+            "| `{}{variant}` | {} | {} × {} |",
+            cell.example(),
             cell.claim.title(language),
             cell.fault.title(language),
             cell.times
@@ -394,10 +438,9 @@ pub fn update(root: &Path) -> Result<()> {
 pub fn problems(root: &Path) -> Result<Vec<(PathBuf, String)>> {
     let mut problems = Vec::new();
     for (file, cell, counted) in recorded(root)? {
-        if code(root, &cell.pattern, cell.broker).ok() != Some(counted) {
-            let text =
-                "counted with other code; run LAB_RECORD=1 cargo lab test faults";
-            problems.push((file, text.to_owned()));
+        if code(root, &cell).ok() != Some(counted) {
+            let text = format!("counted with other code; run {}", cell.counted_by());
+            problems.push((file, text));
         } else if let Err(error) = cell.holds() {
             problems.push((file, error.to_string()));
         }
@@ -436,12 +479,17 @@ mod tests {
             acknowledged: 1000,
             received: 1000,
             repeated: Some(3),
+            reordered: Some(0),
             ..Counts::default()
         };
         let lossy = Counts { lost: 1, ..good };
         let twice = Counts { doubled: 1, ..good };
         let late = Counts {
-            reordered: 1,
+            reordered: Some(1),
+            ..good
+        };
+        let unknown = Counts {
+            reordered: None,
             ..good
         };
         for (claim, counts, kept) in [
@@ -452,15 +500,18 @@ mod tests {
             (Claim::EffectivelyOnce, twice, false),
             (Claim::EffectivelyOnce, lossy, false),
             (Claim::AtLeastOnce, late, true),
+            (Claim::AtLeastOnce, unknown, true),
             (Claim::EffectivelyOnce, late, true),
             (Claim::InOrder, good, true),
             (Claim::InOrder, twice, true),
             (Claim::InOrder, lossy, false),
             (Claim::InOrder, late, false),
+            (Claim::InOrder, unknown, false),
             (Claim::OrderControl, good, false),
             (Claim::OrderControl, lossy, false),
             (Claim::OrderControl, twice, false),
             (Claim::OrderControl, late, true),
+            (Claim::OrderControl, unknown, false),
             (Claim::Control, late, false),
             (Claim::Control, good, false),
             (Claim::Control, twice, true),
@@ -481,7 +532,7 @@ mod tests {
             attempted: 7,
             acknowledged: 6,
             received: 6,
-            reordered: 2,
+            reordered: Some(2),
             ..Counts::default()
         };
         let cell = cell(Claim::AtLeastOnce, counts);
@@ -507,6 +558,31 @@ mod tests {
         assert!(found[0].1.contains("other code"), "{found:?}");
         fs::remove_file(&table).expect("removed");
         assert_eq!(problems(root).expect("problems").len(), 2);
+    }
+
+    #[test]
+    fn a_lesson_of_three_nodes_comes_last_by_its_own_name() {
+        let root = tempfile::tempdir().expect("a folder");
+        let root = root.path();
+        for (file, pattern, fault) in [
+            ("patterns/src/bin/zeal_nats.rs", "zeal", Fault::WorkerKilled),
+            (
+                "nats-examples/src/bin/nats_bill.rs",
+                "bill",
+                Fault::LeaderKilled,
+            ),
+        ] {
+            write(&root.join(file), "fn main() {}").expect("an example");
+            let cell = Cell {
+                pattern: pattern.to_owned(),
+                fault,
+                ..cell(Claim::AtLeastOnce, Counts::default())
+            };
+            cell.record(root).expect("a record");
+        }
+        let (_file, table) = table(root, Language::English).expect("a table");
+        let names = table.lines().filter_map(|line| line.split('`').nth(1));
+        assert_eq!(names.collect::<Vec<_>>(), ["zeal_nats", "nats_bill"]);
     }
 
     #[test]

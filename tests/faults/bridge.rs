@@ -14,11 +14,11 @@ use lab::{
     },
 };
 use patterns::bridge::PartnerOrder;
-use tests::{Supervised, TestBroker};
+use tests::{Supervised, TestBroker, guarantees::tell};
 use tokio::time::sleep;
 
 use crate::driver::{
-    CHUNK, Places, Scene, TIMES, cells, finish, reordered, rounds, tell,
+    CHUNK, Places, Publisher, Scene, TIMES, cells, finish, reordered, rounds,
 };
 
 /// Named by its source.
@@ -63,8 +63,8 @@ async fn under(name: Broker, fault: Fault, claim: Claim) -> Result<()> {
     bridge.prints("ready:").await?;
     scene.settle().await;
 
-    let publisher = (binary(name), (from.0, from.1.to_owned()));
-    let sum = rounds(publisher, async || {
+    let publisher = Publisher::new(binary(name), (from.0, from.1.to_owned()));
+    let sum = rounds(&publisher, async || {
         if claim != Control || fault != WorkerKilled {
             return scene.strike(&mut bridge, "carried:").await;
         }
@@ -109,7 +109,7 @@ async fn under(name: Broker, fault: Fault, claim: Claim) -> Result<()> {
             lost: lost.count() as u64,
             repeated: Some((arrived.len() - different.len()) as u64),
             doubled: 0,
-            reordered,
+            reordered: Some(reordered),
         },
     })
 }

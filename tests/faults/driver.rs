@@ -2,26 +2,26 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    env,
+    path::Path,
+    slice,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use fastrand::Rng;
-use lab::{
-    broker::Broker,
-    guarantees::{Cell, Fault},
-    workspace,
-};
+use lab::{broker::Broker, guarantees::Fault};
 use rdkafka::Message as _;
 use serde::de::DeserializeOwned;
+use tempfile::TempDir;
 use tests::{
     Example, Proxy, Supervised, TestBroker,
-    example::RECORD,
     observe::{self, rabbitmq::QUEUE_IS_WRITTEN},
     random, wait,
 };
-use tokio::time::{sleep, timeout};
+use tokio::{
+    time::{sleep, timeout},
+    try_join,
+};
 
 /// How often a fault is done.
 pub const TIMES: u64 = 10;
@@ -37,6 +37,17 @@ const FROZEN_CONNECTION: Duration = Duration::from_millis(300);
 const FROZEN_WORKER: Duration = Duration::from_secs(3);
 /// How long a program may publish without success: a broker is restarted meanwhile.
 const PUBLISHING: Duration = Duration::from_secs(120);
+
+/// A folder for the databases of the examples. In memory where the system has such a
+/// place: what a killed program has written is there all the same, and the tests would
+/// wait for the disk most of the time.
+pub fn folder() -> Result<TempDir> {
+    let memory = Path::new("/dev/shm");
+    Ok(match memory.is_dir() {
+        true => TempDir::new_in(memory)?,
+        false => TempDir::new()?,
+    })
+}
 
 /// A broker of this fault's own, and a way to it that can be cut.
 pub struct Scene {
@@ -127,6 +138,7 @@ impl Scene {
                 self.cut()?;
                 next.unwrap_or(Ok(()))
             }
+            Fault::LeaderKilled => bail!("one broker has nobody beside it to lead"),
         }
     }
 
@@ -182,76 +194,105 @@ pub struct Published {
 }
 
 impl Published {
+    /// So many without a failure.
+    pub fn all(count: u64) -> Self {
+        Self {
+            attempted: count,
+            acknowledged: count,
+        }
+    }
+
     fn add(&mut self, other: Self) {
         self.attempted += other.attempted;
         self.acknowledged += other.acknowledged;
     }
 }
 
-/// Runs `publish FIRST LAST`, with more words after them, until each of these messages is acknowledged: after an
-/// error it goes on with the one that it has no answer for.
-async fn publish(
-    binary: String,
-    variable: (&'static str, String),
-    (first, last): (u64, u64),
-    more: &[&str],
-) -> Result<Published> {
-    let mut published = Published::default();
-    let all = async {
-        let mut next = first;
-        while next <= last {
-            let (from, to) = (next.to_string(), last.to_string());
-            let words = [&["publish", from.as_str(), to.as_str()], more].concat();
-            let ended = Example::start(&binary, &words, (variable.0, &variable.1))?
-                .end()
-                .await?;
-            let lines = ended.stdout.lines();
-            let count = lines.filter(|line| line.starts_with("published:")).count();
-            published.acknowledged += count as u64;
-            published.attempted += count as u64;
-            next += count as u64;
-            if !ended.status.success() {
-                let reason = ended.reason()?;
-                // One that did not get in has tried nothing.
-                let came_in = ["error: no ", "refuses the connection"]
-                    .iter()
-                    .all(|words| !reason.contains(words));
-                published.attempted += u64::from(came_in);
-                sleep(Duration::from_millis(200)).await;
-            }
+/// An example that publishes messages by their numbers.
+pub struct Publisher {
+    pub binary: &'static str,
+    /// How it finds the broker.
+    pub variable: (&'static str, String),
+    /// The role, in front of the first number and the last.
+    pub word: &'static str,
+    /// The words after them.
+    pub more: &'static [&'static str],
+    /// How the line begins that it prints for each message that is acknowledged.
+    pub says: &'static str,
+}
+
+impl Publisher {
+    /// Of `publish FIRST LAST`.
+    pub fn new(binary: &'static str, variable: (&'static str, String)) -> Self {
+        Self {
+            binary,
+            variable,
+            word: "publish",
+            more: &[],
+            says: "published:",
         }
-        Ok::<_, anyhow::Error>(())
-    };
-    let all = timeout(PUBLISHING, all).await;
-    all.context("the publisher has not come through")??;
-    ensure!(
-        published.acknowledged == last - first + 1,
-        "not all is published"
-    );
-    Ok(published)
+    }
+
+    /// Runs it until each of these messages is acknowledged: after an error it goes on
+    /// with the one that it has no answer for.
+    async fn publish(&self, first: u64, last: u64) -> Result<Published> {
+        let mut published = Published::default();
+        let variable = (self.variable.0, self.variable.1.as_str());
+        let all = async {
+            let mut next = first;
+            while next <= last {
+                let (from, to) = (next.to_string(), last.to_string());
+                let words = [&[self.word, &from, &to], self.more].concat();
+                let ended = Example::start(self.binary, &words, variable)?;
+                let ended = ended.end().await?;
+                let lines = ended.stdout.lines();
+                let count = lines.filter(|it| it.starts_with(self.says)).count();
+                published.acknowledged += count as u64;
+                published.attempted += count as u64;
+                next += count as u64;
+                if !ended.status.success() {
+                    let reason = ended.reason()?;
+                    // One that did not get in has tried nothing.
+                    let came_in = ["error: no ", "refuses the connection"]
+                        .iter()
+                        .all(|words| !reason.contains(words));
+                    published.attempted += u64::from(came_in);
+                    sleep(Duration::from_millis(200)).await;
+                }
+            }
+            Ok::<_, anyhow::Error>(())
+        };
+        let all = timeout(PUBLISHING, all).await;
+        all.context("the publisher has not come through")??;
+        ensure!(
+            published.acknowledged == last - first + 1,
+            "not all is published"
+        );
+        Ok(published)
+    }
 }
 
 /// For each fault, publishes a chunk of messages and does the fault meanwhile.
 pub async fn rounds(
-    publisher: (&str, (&'static str, String)),
+    publisher: &Publisher,
     strike: impl AsyncFnMut() -> Result<()>,
 ) -> Result<Published> {
-    rounds_with(publisher, &[], strike).await
+    let publish = async |first, last| publisher.publish(first, last).await;
+    rounds_of(publisher.binary, publish, strike).await
 }
 
-/// As [`rounds`], with more words for the publisher.
-pub async fn rounds_with(
-    (binary, variable): (&str, (&'static str, String)),
-    more: &'static [&str],
+/// As [`rounds`], with another way to publish the messages from the first to the last
+/// of a chunk.
+pub async fn rounds_of(
+    binary: &str,
+    mut publish: impl AsyncFnMut(u64, u64) -> Result<Published>,
     mut strike: impl AsyncFnMut() -> Result<()>,
 ) -> Result<Published> {
     let mut sum = Published::default();
     for round in 0..TIMES {
-        let chunk = (round * CHUNK + 1, (round + 1) * CHUNK);
-        let publisher = publish(binary.to_owned(), variable.clone(), chunk, more);
-        let publishing = tokio::spawn(publisher);
-        strike().await?;
-        sum.add(publishing.await??);
+        let publishing = publish(round * CHUNK + 1, (round + 1) * CHUNK);
+        let (published, ()) = try_join!(publishing, strike())?;
+        sum.add(published);
         println!("{}: fault {} of {TIMES}", name_of(binary), round + 1);
     }
     Ok(sum)
@@ -260,20 +301,18 @@ pub async fn rounds_with(
 /// As [`rounds`], with a worker that is killed each time. The first half of a chunk is
 /// published before, and the other while it is dead.
 pub async fn rounds_half_dead(
-    (binary, variable): (&str, (&'static str, String)),
+    publisher: &Publisher,
     worker: &mut Supervised,
 ) -> Result<Published> {
     let mut sum = Published::default();
     for round in 0..TIMES {
         let (first, last) = (round * CHUNK + 1, (round + 1) * CHUNK);
         let middle = first + CHUNK / 2;
-        let half = |first, last| {
-            publish(binary.to_owned(), variable.clone(), (first, last), &[])
-        };
-        sum.add(half(first, middle - 1).await?);
-        sum.add(worker.dead_while(half(middle, last)).await?);
+        sum.add(publisher.publish(first, middle - 1).await?);
+        sum.add(worker.dead_while(publisher.publish(middle, last)).await?);
         worker.prints("ready:").await?;
-        println!("{}: fault {} of {TIMES}", name_of(binary), round + 1);
+        let name = name_of(publisher.binary);
+        println!("{name}: fault {} of {TIMES}", round + 1);
     }
     Ok(sum)
 }
@@ -286,13 +325,23 @@ pub fn name_of(binary: &str) -> &str {
 /// Waits until there is nothing left to do, and starts the worker again if it ends.
 pub async fn finish(
     worker: &mut Supervised,
+    left: impl AsyncFnMut() -> Result<u64>,
+) -> Result<()> {
+    finish_all(slice::from_mut(worker), left).await
+}
+
+/// As [`finish`], with several workers.
+pub async fn finish_all(
+    workers: &mut [Supervised],
     mut left: impl AsyncFnMut() -> Result<u64>,
 ) -> Result<()> {
     wait::within(
         Duration::from_secs(120),
         "the end of the work",
         async || {
-            worker.look_after().await?;
+            for worker in workers.iter_mut() {
+                worker.look_after().await?;
+            }
             let left = left().await?;
             ensure!(left == 0, "{left} are left");
             Ok(())
@@ -433,40 +482,13 @@ pub async fn held(broker: &TestBroker, queues: &[&str]) -> Result<u64> {
     Ok(sum)
 }
 
-/// Says what was counted, and writes it down or compares it with what is.
-pub fn tell(cell: &Cell) -> Result<()> {
-    let counts = cell.counts;
-    println!(
-        "{}_{} {} {} x {}: attempted {}, acknowledged {}, received {}, lost {}, \
-         delivered again {:?}, effects again {}, out of order {}",
-        cell.pattern,
-        cell.broker.name(),
-        cell.variant,
-        cell.fault.name(),
-        cell.times,
-        counts.attempted,
-        counts.acknowledged,
-        counts.received,
-        counts.lost,
-        counts.repeated,
-        counts.doubled,
-        counts.reordered,
-    );
-    cell.holds()?;
-    if env::var_os(RECORD).is_some() {
-        cell.record(workspace::root())
-    } else {
-        cell.is_recorded(workspace::root())
-    }
-}
-
 /// A test for each line of the table: its name, and what its function is called with.
 macro_rules! cells {
-    ($run:ident: $($name:ident($broker:ident, $($what:expr),+);)*) => {
+    ($run:ident: $($name:ident($broker:ident $(, $what:expr)*);)*) => {
         $(
             #[tokio::test(flavor = "multi_thread")]
             async fn $name() -> Result<()> {
-                $run(Broker::$broker, $($what),+).await
+                $run(Broker::$broker $(, $what)*).await
             }
         )*
     };

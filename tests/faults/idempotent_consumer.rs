@@ -18,10 +18,10 @@ use lab::{
 };
 use patterns::idempotent_consumer::{id, payment};
 use rusqlite::Connection;
-use tests::Supervised;
+use tests::{Supervised, guarantees::tell};
 
 use crate::driver::{
-    CHUNK, Places, Scene, TIMES, cells, finish, reordered, rounds, tell,
+    CHUNK, Places, Publisher, Scene, TIMES, cells, finish, folder, reordered, rounds,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -69,7 +69,7 @@ const PLACES: Places = Places {
 
 async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     let mut scene = Scene::prepare(broker, fault).await?;
-    let folder = tempfile::tempdir()?;
+    let folder = folder()?;
     let file = folder.path().join("ledger.db");
     let ledger = file.to_string_lossy();
     let words = match claim {
@@ -82,9 +82,9 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     consumer.prints("ready:").await?;
     scene.settle().await;
 
-    let publisher = (binary(broker), scene.direct());
+    let publisher = Publisher::new(binary(broker), scene.direct());
     let sum =
-        rounds(publisher, async || scene.strike(&mut consumer, ":").await).await?;
+        rounds(&publisher, async || scene.strike(&mut consumer, ":").await).await?;
     let last = TIMES * CHUNK;
     finish(&mut consumer, async || {
         Ok(missing(&file, last)? + PLACES.waiting(&scene.broker, broker).await?)
@@ -131,7 +131,7 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
             lost: missing(&file, last)?,
             repeated: Some(known as u64 + doubled),
             doubled,
-            reordered: reordered(order),
+            reordered: Some(reordered(order)),
         },
     })
 }

@@ -10,4 +10,7 @@ mod driver;
 mod idempotent_consumer;
 mod ordered_partitions;
 mod pubsub;
+mod retry_dlq;
+mod saga_orchestration;
+mod task_queue;
 mod transactional_outbox;

@@ -15,11 +15,12 @@ use lab::{
 };
 use patterns::ordered_partitions::Change;
 use rusqlite::Connection;
-use tests::{Supervised, TestBroker, wait};
+use tests::{Supervised, TestBroker, guarantees::tell, wait};
 use tokio::time::sleep;
 
 use crate::driver::{
-    CHUNK, Places, Scene, TIMES, cells, held, reordered, rounds_with, tell,
+    CHUNK, Places, Publisher, Scene, TIMES, cells, finish_all, folder, held,
+    reordered, rounds,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -87,10 +88,10 @@ async fn waiting(broker: &TestBroker, name: Broker, claim: Claim) -> Result<u64>
 
 async fn under(broker: Broker, claim: Claim) -> Result<()> {
     let mut scene = Scene::prepare(broker, WorkerKilled).await?;
-    let folder = tempfile::tempdir()?;
+    let folder = folder()?;
     let file = folder.path().join("shop.db");
     let journal = file.to_string_lossy();
-    let careless: &[&str] = match claim {
+    let careless: &'static [&'static str] = match claim {
         OrderControl => &["--unordered"],
         _ => &[],
     };
@@ -110,9 +111,12 @@ async fn under(broker: Broker, claim: Claim) -> Result<()> {
     }
     scene.settle().await;
 
-    let publisher = (binary(broker), scene.direct());
+    let publisher = Publisher {
+        more: careless,
+        ..Publisher::new(binary(broker), scene.direct())
+    };
     let random = &mut scene.random;
-    let sum = rounds_with(publisher, careless, async || {
+    let sum = rounds(&publisher, async || {
         let before = changes(&file)?.len();
         let enough = before + random.usize(1..20);
         // The one that has written last is in the middle of its work.
@@ -127,20 +131,10 @@ async fn under(broker: Broker, claim: Claim) -> Result<()> {
     })
     .await?;
     let last = TIMES * CHUNK;
-    wait::within(
-        Duration::from_secs(120),
-        "the end of the work",
-        async || {
-            for worker in &mut workers {
-                worker.look_after().await?;
-            }
-            let missing = missing(&file, last)?;
-            ensure!(missing == 0, "{missing} are left");
-            let waiting = waiting(&scene.broker, broker, claim).await?;
-            ensure!(waiting == 0, "{waiting} are not acknowledged");
-            Ok(())
-        },
-    )
+    finish_all(&mut workers, async || {
+        let waiting = waiting(&scene.broker, broker, claim).await?;
+        Ok(missing(&file, last)? + waiting)
+    })
     .await?;
     let mut known = 0;
     for worker in workers {
@@ -174,7 +168,7 @@ async fn under(broker: Broker, claim: Claim) -> Result<()> {
             lost: missing(&file, last)?,
             repeated: Some(known),
             doubled: changes.len() as u64 - received,
-            reordered: reordered(order),
+            reordered: Some(reordered(order)),
         },
     })
 }

@@ -13,11 +13,11 @@ use lab::{
         Fault::{self, BrokerKilled, WorkerKilled},
     },
 };
-use tests::Supervised;
+use tests::{Supervised, guarantees::tell};
 
 use crate::driver::{
-    CHUNK, Places, Scene, TIMES, cells, finish, reordered, rounds, rounds_half_dead,
-    tell,
+    CHUNK, Places, Publisher, Scene, TIMES, cells, finish, reordered, rounds,
+    rounds_half_dead,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -49,11 +49,11 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
     mail.prints("ready:").await?;
     scene.settle().await;
 
-    let publisher = (binary(broker), scene.direct());
+    let publisher = Publisher::new(binary(broker), scene.direct());
     let sum = if fault == WorkerKilled {
-        rounds_half_dead(publisher, &mut mail).await?
+        rounds_half_dead(&publisher, &mut mail).await?
     } else {
-        rounds(publisher, async || scene.strike(&mut mail, "heard:").await).await?
+        rounds(&publisher, async || scene.strike(&mut mail, "heard:").await).await?
     };
     if claim != Claim::Control {
         finish(&mut mail, async || {
@@ -87,7 +87,7 @@ async fn under(broker: Broker, fault: Fault, claim: Claim) -> Result<()> {
             lost: lost.count() as u64,
             repeated: Some((heard.len() - different.len()) as u64),
             doubled: 0,
-            reordered: reordered(heard.iter().map(|number| ("mail", *number))),
+            reordered: Some(reordered(heard.iter().map(|number| ("mail", *number)))),
         },
     })
 }

@@ -14,11 +14,11 @@ use lab::{
 };
 use patterns::transactional_outbox::OrderPlaced;
 use rusqlite::Connection;
-use tests::{Example, Supervised};
+use tests::{Example, Supervised, guarantees::tell};
 use tokio::time::sleep;
 
 use crate::driver::{
-    CHUNK, Places, Scene, TIMES, cells, finish, name_of, reordered, tell,
+    CHUNK, Places, Scene, TIMES, cells, finish, folder, name_of, reordered,
 };
 
 fn binary(broker: Broker) -> &'static str {
@@ -87,14 +87,14 @@ async fn count(
             lost: orders.difference(&told).count() as u64,
             repeated: Some((stored.len() - told.len()) as u64),
             doubled: 0,
-            reordered,
+            reordered: Some(reordered),
         },
     })
 }
 
 async fn relayed(broker: Broker, fault: Fault) -> Result<()> {
     let mut scene = Scene::prepare(broker, fault).await?;
-    let folder = tempfile::tempdir()?;
+    let folder = folder()?;
     let file = folder.path().join("shop.db");
     let shop = file.to_string_lossy();
     let words = ["relay", &*shop];
@@ -138,7 +138,7 @@ async fn relayed(broker: Broker, fault: Fault) -> Result<()> {
 /// The control: the event is published by whoever placed the order.
 async fn dual_write(broker: Broker, fault: Fault) -> Result<()> {
     let mut scene = Scene::prepare(broker, fault).await?;
-    let folder = tempfile::tempdir()?;
+    let folder = folder()?;
     let file = folder.path().join("shop.db");
     let shop = file.to_string_lossy();
     let (variable, through) = scene.worker();

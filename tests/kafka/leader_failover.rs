@@ -1,15 +1,23 @@
 //! What three brokers have acknowledged outlives the leader; what only the leader has
 //! does not.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, Result, ensure};
+use lab::{
+    broker::Broker,
+    guarantees::{Claim, Counts},
+};
 use tests::{
     Example,
     cluster::{Cluster, NODES},
-    observe,
+    guarantees, observe,
 };
 
 const FAILOVER: &str = env!("CARGO_BIN_EXE_kafka_leader_failover");
 const TOPIC: &str = "failover.payments";
+/// How many payments there are in a run of the example.
+const PAYMENTS: usize = 300;
 
 /// Waits until the example publishes, and returns it with the names of the leader and
 /// of the other two.
@@ -49,7 +57,8 @@ async fn a_killed_leader_loses_no_acknowledged_payment_and_none_is_twice()
 
     // One of the two that are left, asked by another client: each payment once.
     let stored = read(&cluster.url(others[0])?).await?;
-    assert_eq!(stored, (0..300).collect::<Vec<_>>());
+    assert_eq!(stored, (0..PAYMENTS).collect::<Vec<_>>());
+    tell(Claim::EffectivelyOnce, "", &stored)?;
 
     // And the dead one catches up when it is back.
     cluster.restart(leader).await?;
@@ -82,10 +91,30 @@ async fn control_what_only_the_leader_has_is_acknowledged_and_lost() -> Result<(
     ensure!(line.contains("that were acknowledged are gone"), "{line}");
     ensure!(ended.stdout.contains("acked:     300 payments"), "{line}");
     let stored = read(&cluster.url(others[0])?).await?;
-    ensure!(stored.len() < 300, "nothing is lost");
-    let lost = format!("{} payments", 300 - stored.len());
+    ensure!(stored.len() < PAYMENTS, "nothing is lost");
+    let lost = format!("{} payments", PAYMENTS - stored.len());
     ensure!(line.contains(&lost), "{lost}, and it says {line}");
-    Ok(())
+    tell(Claim::Control, "acks=1", &stored)
+}
+
+/// The line of the table of guarantees. The example has said that all are acknowledged;
+/// stored is what the new leader has.
+fn tell(claim: Claim, variant: &str, stored: &[usize]) -> Result<()> {
+    let different: BTreeSet<usize> = stored.iter().copied().collect();
+    let again = (stored.len() - different.len()) as u64;
+    let late = stored.windows(2).filter(|pair| pair[1] < pair[0]).count();
+    let counts = Counts {
+        // What the client repeats by itself nobody sees.
+        attempted: PAYMENTS as u64,
+        acknowledged: PAYMENTS as u64,
+        received: different.len() as u64,
+        lost: (PAYMENTS - different.len()) as u64,
+        repeated: Some(again),
+        doubled: again,
+        reordered: Some(late as u64),
+    };
+    let example = ("leader_failover", variant);
+    guarantees::tell_of_killed_leader(Broker::Kafka, example, claim, counts)
 }
 
 /// The numbers of all payments, in the order of the log.

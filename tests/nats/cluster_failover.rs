@@ -7,8 +7,12 @@ use async_nats::jetstream::{
     message::PublishMessage,
     stream::{Config, Stream},
 };
+use lab::{
+    broker::Broker,
+    guarantees::{Claim, Counts},
+};
 use tests::{
-    Example,
+    Example, guarantees,
     nats::{Server, Servers},
     observe, wait,
 };
@@ -114,6 +118,31 @@ fn each_once(count: usize) -> BTreeMap<String, usize> {
     (0..count).map(|n| (format!("payment-{n}"), 1)).collect()
 }
 
+/// The line of the table of guarantees: what the example says of its attempts, and what
+/// the new leader has, each message by its id.
+fn tell(printed: &str, stored: &BTreeMap<String, usize>) -> Result<()> {
+    let attempted = printed
+        .lines()
+        .find_map(|line| line.strip_prefix("attempted: "))
+        .and_then(|line| line.split(' ').next())
+        .context("no attempts")?
+        .parse()?;
+    let received = stored.len() as u64;
+    let again = stored.values().sum::<usize>() as u64 - received;
+    let counts = Counts {
+        attempted,
+        acknowledged: 300,
+        received,
+        lost: 300 - received,
+        repeated: Some(again),
+        doubled: again,
+        reordered: None,
+    };
+    let example = ("jetstream_cluster_failover", "");
+    let claim = Claim::EffectivelyOnce;
+    guarantees::tell_of_killed_leader(Broker::Nats, example, claim, counts)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_leader_loses_no_acknowledged_payment_and_none_is_twice()
 -> Result<()> {
@@ -136,7 +165,9 @@ async fn a_killed_leader_loses_no_acknowledged_payment_and_none_is_twice()
     // One of the two that are left, asked message by message.
     let other = another(leader)?;
     let mut stream = stream_at(&servers, other).await?;
-    assert_eq!(stored(&mut stream).await?, each_once(300));
+    let stored = stored(&mut stream).await?;
+    assert_eq!(stored, each_once(300));
+    tell(&ended.stdout, &stored)?;
 
     // The new leader knows the ids that were acknowledged by the old one.
     let again = PublishMessage::build().message_id("payment-7");

@@ -5,6 +5,7 @@ pub mod broker;
 pub mod cluster;
 pub mod example;
 mod files;
+pub mod guarantees;
 pub mod kafka;
 pub mod nats;
 pub mod nats_cli;

@@ -10,7 +10,7 @@ use crate::{Example, example::Ended, wait::DEADLINE};
 /// The pause before it is started again.
 const PAUSE: Duration = Duration::from_millis(200);
 
-/// What each program says that runs until it is stopped.
+/// What a program says that runs until it is stopped; see [`Supervised::says`].
 const READY: &str = "ready:";
 
 /// How long a process may take to be gone after its output has ended.
@@ -20,6 +20,7 @@ const POLL: Duration = Duration::from_millis(10);
 /// An example that is started again whenever it has ended.
 pub struct Supervised {
     command: Command,
+    ready: &'static str,
     running: Example,
     /// What it printed before it was started again.
     earlier: String,
@@ -68,9 +69,17 @@ impl Supervised {
         Ok(Self {
             running: command.start()?,
             command,
+            ready: READY,
             earlier: String::new(),
             errors: Vec::new(),
         })
+    }
+
+    /// What it says instead of `ready:`.
+    #[must_use]
+    pub fn says(mut self, ready: &'static str) -> Self {
+        self.ready = ready;
+        self
     }
 
     /// SIGKILL, and starts it again.
@@ -185,8 +194,8 @@ impl Supervised {
     /// If it ends with one, or does not say that it is ready before.
     pub async fn stop(mut self) -> Result<(String, Vec<String>)> {
         // One that has just been started has no handler for the signal yet.
-        if !self.running.has_printed(READY) {
-            self.prints(READY).await?;
+        if !self.running.has_printed(self.ready) {
+            self.prints(self.ready).await?;
         }
         self.running.interrupt().await?;
         let ended = self.running.end().await?;

@@ -196,14 +196,13 @@ async fn worker(commit: Commit) -> Result<()> {
                 }
                 println!("start: {task}");
                 work().await;
+                println!("done:  {task}");
                 if commit == Commit::AfterTheWork
                     && let Err(error) = done(&consumer, &record).await
                 {
                     // No broker, or it was taken for dead and joins anew.
                     eprintln!("{task}: {error:#}");
-                    continue;
                 }
-                println!("done:  {task}");
             }
             Verdict::SetAside => set_aside(&brokers, &consumer, &record).await?,
         }

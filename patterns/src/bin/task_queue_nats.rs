@@ -187,10 +187,10 @@ async fn worker(acknowledge: Acknowledge) -> Result<()> {
                 }
                 println!("start: {task}{}", again(&delivery)?);
                 work().await;
+                println!("done:  {task}");
                 if acknowledge == Acknowledge::AfterTheWork {
                     done_with(&delivery).await?;
                 }
-                println!("done:  {task}");
             }
             Verdict::SetAside => set_aside(&jetstream, &delivery).await?,
         }

@@ -201,10 +201,10 @@ async fn worker(acknowledge: Acknowledge) -> Result<()> {
                 }
                 println!("start: {task}{}", again(&delivery));
                 work().await;
+                println!("done:  {task}");
                 if acknowledge == Acknowledge::AfterTheWork {
                     delivery.ack(BasicAckOptions::default()).await?;
                 }
-                println!("done:  {task}");
             }
             Verdict::SetAside => set_aside(&channel, &delivery).await?,
         }

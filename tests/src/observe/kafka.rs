@@ -18,7 +18,8 @@ use crate::wait;
 
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn config(address: &str) -> ClientConfig {
+/// What each client of ours begins with.
+pub fn config(address: &str) -> ClientConfig {
     let mut config = ClientConfig::new();
     config.set("bootstrap.servers", address);
     config
