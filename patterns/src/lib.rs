@@ -13,6 +13,7 @@ pub mod graceful_shutdown;
 pub mod idempotent_consumer;
 pub mod ordered_partitions;
 pub mod poison_message;
+pub mod priority;
 pub mod pubsub;
 pub mod request_reply;
 pub mod retry_dlq;

@@ -11,6 +11,7 @@ mod graceful_shutdown;
 mod idempotent_consumer;
 mod ordered_partitions;
 mod poison_message;
+mod priority;
 mod pubsub;
 mod request_reply;
 mod retry_dlq;
