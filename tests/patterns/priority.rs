@@ -289,8 +289,8 @@ async fn standard_goes_on_while_express_does_not_end() -> Result<()> {
     on_each(async |broker| {
         let shop = Shop::open(broker).await?;
         let standard = standard_of_a_hundred(&shop, &[], &[]).await?;
-        // 25, and never more than half: express goes first.
-        ensure!((13..50).contains(&standard), "{standard} of 100");
+        // 25: not none, and not every second one, as express goes first.
+        ensure!((13..40).contains(&standard), "{standard} of 100");
         Ok(())
     })
     .await
