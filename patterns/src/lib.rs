@@ -19,6 +19,7 @@ pub mod request_reply;
 pub mod retry_dlq;
 pub mod saga_orchestration;
 pub mod scatter_gather;
+pub mod splitter_aggregator;
 pub mod task_queue;
 pub mod trace_propagation;
 pub mod transactional_outbox;

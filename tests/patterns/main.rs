@@ -17,6 +17,7 @@ mod request_reply;
 mod retry_dlq;
 mod saga_orchestration;
 mod scatter_gather;
+mod splitter_aggregator;
 mod task_queue;
 mod task_queue_kafka;
 mod task_queue_nats;
