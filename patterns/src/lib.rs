@@ -7,6 +7,7 @@ pub mod backpressure;
 pub mod bridge;
 pub mod circuit_breaker;
 pub mod claim_check;
+pub mod content_based_router;
 pub mod delayed_message;
 pub mod event_replay;
 pub mod graceful_shutdown;

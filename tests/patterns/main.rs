@@ -5,6 +5,7 @@ mod bridge;
 mod circuit_breaker;
 mod claim_check;
 mod common;
+mod content_based_router;
 mod delayed_message;
 mod event_replay;
 mod graceful_shutdown;
