@@ -61,6 +61,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    thread,
     time::Duration,
 };
 
@@ -211,7 +212,11 @@ async fn send(
         }
     }
     stored(&mut on_their_way).await?;
-    println!("sent:     order-{} to order-{}", numbers.start(), numbers.end());
+    println!(
+        "sent:     order-{} to order-{}",
+        numbers.start(),
+        numbers.end()
+    );
     Ok(())
 }
 
@@ -225,7 +230,10 @@ async fn stored(on_their_way: &mut Vec<DeliveryFuture>) -> Result<()> {
     for delivery in on_their_way.drain(..) {
         let delivery = delivery.await.context("the producer has ended")?;
         delivery.map_err(|(error, record)| {
-            anyhow!("Kafka did not store an order in {}: {error}", record.topic())
+            anyhow!(
+                "Kafka did not store an order in {}: {error}",
+                record.topic()
+            )
         })?;
     }
     Ok(())
@@ -259,7 +267,13 @@ async fn set(brokers: &str, shop: Shop, rule: &Rule, place: Place) -> Result<()>
     if place != Place::Unrouted {
         row = row.payload(place.name());
     }
-    let written = producer(brokers)?.send(row, PATIENCE).await;
+    // Not idempotent: that would cost half a second, and a row that is written twice is
+    // the same row.
+    let producer: FutureProducer = ClientConfig::new()
+        .set("bootstrap.servers", brokers)
+        .set("message.timeout.ms", "5000")
+        .create()?;
+    let written = producer.send(row, PATIENCE).await;
     written.map_err(|(error, _row)| anyhow!("the table is not changed: {error}"))?;
     Ok(())
 }
@@ -331,7 +345,10 @@ async fn router(way: Way, pace: Pace) -> Result<()> {
     orders.subscribe(&[&SHOP.name("orders")])?;
     let router = Router::open(&brokers, SHOP, orders, &name, way, pace);
     let mut router = router.await?;
-    println!("ready:    orders from {}, Ctrl-C to stop", SHOP.name("orders"));
+    println!(
+        "ready:    orders from {}, Ctrl-C to stop",
+        SHOP.name("orders")
+    );
     router.run(&mut stop_signal).await?;
     router.close().await?;
     println!("stopped");
@@ -499,7 +516,9 @@ impl Router {
                 .send_offsets_to_transaction(&next, &group, COMMIT)
                 .and_then(|()| producer.commit_transaction(COMMIT));
             match committed {
-                Err(KafkaError::Transaction(error)) if error.txn_requires_abort() => {
+                Err(KafkaError::Transaction(error))
+                    if error.txn_requires_abort() =>
+                {
                     producer.abort_transaction(COMMIT)?;
                     // Nobody rewinds by itself. What another router has now is its
                     // business.
@@ -639,7 +658,7 @@ async fn route_again(brokers: &str, shop: Shop) -> Result<()> {
 
 /// Where the group of `again` goes on in a topic of one partition, and its end.
 fn unread(reader: &StreamConsumer, topic: &str) -> Result<(i64, i64), KafkaError> {
-    let (low, end) = reader.fetch_watermarks(topic, 0, PATIENCE)?;
+    let (low, end) = watermarks(reader, topic, 0)?;
     let mut at = TopicPartitionList::new();
     at.add_partition(topic, 0);
     let committed = reader.committed_offsets(at, PATIENCE)?;
@@ -660,52 +679,49 @@ async fn show() -> Result<()> {
 
 /// What is in each place, from these positions on.
 async fn show_all(brokers: &str, shop: Shop, begin: &Positions) -> Result<()> {
-    for place in Place::ALL {
-        let payloads = contents(brokers, shop, place, begin).await?;
-        println!("{}", listing(place, &payloads));
-    }
-    Ok(())
-}
-
-async fn contents(
-    brokers: &str,
-    shop: Shop,
-    place: Place,
-    begin: &Positions,
-) -> Result<Vec<Vec<u8>>> {
-    let topic = shop.name(place.name());
-    let topics = shop.topics();
-    let known = topics.iter().find(|(name, _)| *name == topic);
-    let (_, partitions) = known.context("a topic of the shop")?;
-    let mut at = TopicPartitionList::new();
-    for id in 0..*partitions {
-        let begin = begin.get(&(topic.clone(), id)).copied();
-        at.add_partition_offset(&topic, id, begin.unwrap_or(Offset::Beginning))?;
-    }
-    let consumer: StreamConsumer = reader(brokers, &shop.name("again"))
+    let reader: StreamConsumer = reader(brokers, &shop.name("again"))
         .set("enable.partition.eof", "true")
         .create()?;
-    // From a log nothing is taken out: what is routed again counts as gone.
-    let consumer = spawn_blocking(move || {
-        if place == Place::Unrouted {
-            let (begin, _end) = unread(&consumer, &topic)?;
-            at.set_partition_offset(&topic, 0, Offset::Offset(begin))?;
+    let places = Place::ALL.map(|place| shop.name(place.name()));
+    let mut topics = shop.topics();
+    topics.retain(|(topic, _partitions)| places.contains(topic));
+    let mut ends_left: i32 = topics.iter().map(|(_topic, count)| count).sum();
+    let mut at = Positions::new();
+    for (topic, partitions) in topics {
+        for id in 0..partitions {
+            let partition = (topic.clone(), id);
+            let begin = begin.get(&partition).copied();
+            at.insert(partition, begin.unwrap_or(Offset::Beginning));
         }
-        consumer.assign(&at)?;
-        Ok::<_, KafkaError>(consumer)
+    }
+    let unrouted = shop.name("unrouted");
+    let reader = spawn_blocking(move || {
+        // From a log nothing is taken out: what is routed again counts as gone.
+        let (begin, _end) = unread(&reader, &unrouted)?;
+        at.insert((unrouted, 0), Offset::Offset(begin));
+        reader.assign(&TopicPartitionList::from_topic_map(&at)?)?;
+        Ok::<_, KafkaError>(reader)
     })
     .await??;
-    let (mut payloads, mut ends) = (Vec::new(), 0);
-    while ends < *partitions {
-        let record = timeout(COMMIT, consumer.recv()).await;
+    let mut payloads: HashMap<String, Vec<Vec<u8>>> = HashMap::new();
+    while ends_left > 0 {
+        let record = timeout(COMMIT, reader.recv()).await;
         match record.context("no record and no end")? {
-            Ok(record) => payloads.push(record.payload().unwrap_or_default().into()),
-            Err(KafkaError::PartitionEOF(_)) => ends += 1,
+            Ok(record) => {
+                let in_place = payloads.entry(record.topic().to_owned());
+                let payload = record.payload().unwrap_or_default();
+                in_place.or_default().push(payload.to_vec());
+            }
+            Err(KafkaError::PartitionEOF(_)) => ends_left -= 1,
             Err(error) => return Err(error).context("cannot read on"),
         }
     }
-    spawn_blocking(move || drop(consumer)).await?;
-    Ok(payloads)
+    spawn_blocking(move || drop(reader)).await?;
+    for (place, topic) in Place::ALL.iter().zip(places) {
+        let payloads = payloads.remove(&topic).unwrap_or_default();
+        println!("{}", listing(*place, &payloads));
+    }
+    Ok(())
 }
 
 // ANCHOR: watch
@@ -754,11 +770,33 @@ fn ends(
     let mut ends = Positions::new();
     for (topic, partitions) in topics {
         for id in 0..*partitions {
-            let (_low, end) = reader.fetch_watermarks(topic, id, PATIENCE)?;
+            let (_low, end) = watermarks(reader, topic, id)?;
             ends.insert((topic.clone(), id), Offset::Offset(end));
         }
     }
     Ok(ends)
+}
+
+/// Begin and end of a partition. One that is new is known a moment before its leader is.
+fn watermarks(
+    reader: &StreamConsumer,
+    topic: &str,
+    partition: i32,
+) -> Result<(i64, i64), KafkaError> {
+    let latest = Instant::now() + PATIENCE;
+    loop {
+        match reader.fetch_watermarks(topic, partition, PATIENCE) {
+            Err(KafkaError::MetadataFetch(
+                RDKafkaErrorCode::NotLeaderForPartition
+                | RDKafkaErrorCode::LeaderNotAvailable
+                | RDKafkaErrorCode::UnknownTopicOrPartition,
+            )) if Instant::now() < latest => {
+                // Callers have a thread of their own.
+                thread::sleep(Duration::from_millis(50));
+            }
+            found => return found,
+        }
+    }
 }
 
 // ---- The whole story in one process ----------------------------------------
@@ -858,7 +896,8 @@ async fn ensure_topics(brokers: &str, shop: Shop) -> Result<()> {
         let metadata = spawn_blocking(ask).await?.map_err(|error| {
             anyhow!("no Kafka at {brokers} ({error}); start one: cargo lab up kafka")
         })?;
-        let known = |name: &str| metadata.topics().iter().any(|it| it.name() == name);
+        let known =
+            |name: &str| metadata.topics().iter().any(|it| it.name() == name);
         if topics.iter().all(|(name, _)| known(name)) {
             return Ok(());
         }

@@ -218,11 +218,10 @@ async fn put(
         // Nobody listens there, so no stream does. A stream whose servers are choosing
         // a leader looks the same.
         Err(error) if error.kind() == PublishErrorKind::StreamNotFound => Ok(None),
-        Err(error) if error.kind() == PublishErrorKind::TimedOut => {
-            Err(error).with_context(|| {
+        Err(error) if error.kind() == PublishErrorKind::TimedOut => Err(error)
+            .with_context(|| {
                 format!("{id} may be stored or not; who else listens on {subject}?")
-            })
-        }
+            }),
         Err(error) => Err(error).with_context(|| format!("{id} is not stored")),
     }
 }
@@ -253,7 +252,11 @@ async fn publish_carelessly(numbers: RangeInclusive<u64>) -> Result<()> {
         client.publish(subject, payload.into()).await?;
     }
     client.flush().await?;
-    println!("sent:     order-{} to order-{}", numbers.start(), numbers.end());
+    println!(
+        "sent:     order-{} to order-{}",
+        numbers.start(),
+        numbers.end()
+    );
     Ok(())
 }
 // ANCHOR_END: careless

@@ -204,7 +204,11 @@ async fn send(
         }
     }
     stored(&mut on_their_way).await?;
-    println!("sent:     order-{} to order-{}", numbers.start(), numbers.end());
+    println!(
+        "sent:     order-{} to order-{}",
+        numbers.start(),
+        numbers.end()
+    );
     Ok(())
 }
 
@@ -478,7 +482,9 @@ async fn watch(country: &Country) -> Result<()> {
             () = &mut stop_signal => break,
             order = orders.next() => order,
         };
-        let order = order.context("RabbitMQ ended it")?.context("lost RabbitMQ")?;
+        let order = order
+            .context("RabbitMQ ended it")?
+            .context("lost RabbitMQ")?;
         came += 1;
         println!("seen:     {}", name(&order.data));
     }

@@ -408,7 +408,7 @@ struct Orders {
 
 enum Source {
     Lanes(Box<Both>),
-    ByPriority(Line),
+    ByPriority(Box<Line>),
 }
 
 impl Orders {
@@ -423,7 +423,7 @@ impl Orders {
             })),
             Take::ByPriority(many) => {
                 let line = Line::open(&channel, BY_PRIORITY, many).await?;
-                Source::ByPriority(line)
+                Source::ByPriority(Box::new(line))
             }
         };
         Ok(Self { channel, source })

@@ -106,8 +106,9 @@ const ASIDE: &str = "aside";
 /// How many messages may be on their way to a program. Few, so that there is
 /// something left for the other workers.
 const PREFETCH: usize = 5;
-/// After this time NATS delivers again what is not acknowledged.
-const ACK_WAIT: Duration = Duration::from_secs(2);
+/// After this time NATS delivers again what is not acknowledged. A multiple of the
+/// time that a message takes.
+const ACK_WAIT: Duration = Duration::from_secs(1);
 /// How many messages are taken out of the outbox at a time.
 const BATCH: u32 = 100;
 /// How long a customer waits, unless `--within` says otherwise.
