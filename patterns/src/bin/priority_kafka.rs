@@ -95,6 +95,8 @@ const STORY_EXPRESS: u64 = 20;
 const ONE: usize = 1;
 /// The same with `--ahead`.
 const MANY: usize = 100;
+/// How long it waits for one more of them then.
+const ONE_MORE: Duration = Duration::from_millis(100);
 /// How many orders are on their way to Kafka, at most.
 const WINDOW: usize = 500;
 
@@ -332,15 +334,17 @@ impl Both {
         }
     }
 
-    /// Takes what is there of a lane, up to `ahead` orders.
+    /// Takes an order of a lane, or as many as `ahead` says, if they come.
     async fn take(&mut self, lane: Lane) -> Result<()> {
-        for _order in 0..self.ahead {
-            if let Some(order) = self.of(lane).next.take() {
-                self.taken.push_back((lane, order));
+        let first = self.of(lane).next.take();
+        self.taken.extend(first.map(|order| (lane, order)));
+        while self.taken.len() < self.ahead {
+            match timeout(ONE_MORE, self.of(lane).fill()).await {
+                Ok(filled) => filled?,
+                Err(_elapsed) => break,
             }
-            if self.taken.len() < self.ahead {
-                poll_once(self.of(lane).fill()).await.transpose()?;
-            }
+            let order = self.of(lane).next.take();
+            self.taken.extend(order.map(|order| (lane, order)));
         }
         Ok(())
     }

@@ -93,6 +93,8 @@ const STORY_EXPRESS: u64 = 20;
 const ONE: usize = 1;
 /// The same with `--ahead`.
 const MANY: usize = 100;
+/// How long it waits for one more of them then.
+const ONE_MORE: Duration = Duration::from_millis(100);
 /// How many orders are on their way to NATS, at most.
 const WINDOW: usize = 100;
 
@@ -308,7 +310,7 @@ impl Both {
         Ok(())
     }
 
-    /// Takes what is there of a lane, up to `ahead` orders.
+    /// Takes an order of a lane, or as many as `ahead` says, if they come.
     async fn take(&mut self, lane: Lane) -> Result<()> {
         let line = match lane {
             Lane::Express => &mut self.express,
@@ -316,9 +318,11 @@ impl Both {
         };
         self.taken.extend(line.next.take());
         while self.taken.len() < self.ahead {
-            poll_once(line.fill()).await.transpose()?;
-            let Some(order) = line.next.take() else { break };
-            self.taken.push_back(order);
+            match timeout(ONE_MORE, line.fill()).await {
+                Ok(filled) => filled?,
+                Err(_elapsed) => break,
+            }
+            self.taken.extend(line.next.take());
         }
         Ok(())
     }
