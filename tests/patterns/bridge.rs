@@ -246,15 +246,14 @@ async fn wrong_words_get_the_usage_and_a_missing_side_one_line() -> Result<()> {
     ] {
         let parts = ["localhost:1", missing];
         fail_with_one_line_each(&[binary], &sides, &parts).await?;
-        for words in [&["run", "fast"][..], &["publish", "5", "3"]] {
-            let ended = Example::start_with(binary, words, &sides)?.end().await?;
-            assert_eq!(ended.status.code(), Some(2), "{words:?}");
-            ensure!(
-                ended.stderr.starts_with("usage: bridge_"),
-                "{}",
-                ended.stderr
-            );
-        }
+        let ended = Example::start_with(binary, &["run", "fast"], &sides)?;
+        let ended = ended.end().await?;
+        assert_eq!(ended.status.code(), Some(2));
+        ensure!(
+            ended.stderr.starts_with("usage: bridge_"),
+            "{}",
+            ended.stderr
+        );
     }
     Ok(())
 }

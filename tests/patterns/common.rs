@@ -3,7 +3,7 @@
 
 use anyhow::{Result, ensure};
 use lab::broker::Broker;
-use tests::{Example, broker, example::fail_with_one_line, observe};
+use tests::{Example, Supervised, broker, example::fail_with_one_line, observe};
 use tokio::join;
 
 /// A pattern with a binary for each broker, and the places that belong to it.
@@ -113,6 +113,16 @@ pub async fn on_each(test: impl AsyncFn(Broker) -> Result<()>) -> Result<()> {
     let failed: Vec<String> =
         [kafka, rabbitmq, nats].into_iter().flatten().collect();
     ensure!(failed.is_empty(), "{}", failed.join("\n"));
+    Ok(())
+}
+
+/// Tells each of them to stop. None has ended before, and each says goodbye.
+pub async fn stop(programs: impl IntoIterator<Item = Supervised>) -> Result<()> {
+    for program in programs {
+        let (said, errors) = program.stop().await?;
+        ensure!(errors.is_empty(), "{errors:?}");
+        ensure!(said.ends_with("stopped\n"), "{said}");
+    }
     Ok(())
 }
 

@@ -400,8 +400,13 @@ async fn under_load(
     change: impl Future<Output = Result<()>>,
 ) -> Result<u64> {
     let over = AtomicBool::new(false);
+    // With the first route.
+    shop.publish(1..=50).await?;
+    if shop.broker == Broker::Kafka {
+        all_routed(shop.variable.1).await?;
+    }
     let publish = async {
-        let mut last = 0;
+        let mut last = 50;
         while !over.load(Ordering::Relaxed) {
             shop.publish(last + 1..=last + 50).await?;
             last += 50;

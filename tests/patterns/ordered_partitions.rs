@@ -339,8 +339,7 @@ async fn noise(broker: Broker, address: &str) -> Result<()> {
 
 #[tokio::test]
 async fn wrong_words_get_the_usage_and_no_broker_one_line() -> Result<()> {
-    let wrong: [&[&str]; 5] = [
-        &["publish", "5", "3"],
+    let wrong: [&[&str]; 4] = [
         &["publish", "1", "many"],
         &["work", "shop.db"],
         &["work", "shop.db", "first"],

@@ -15,7 +15,7 @@ use tempfile::TempDir;
 use tests::{Example, Supervised, observe, random, wait};
 use tokio::{sync::Mutex, time::sleep};
 
-use crate::common::{Pattern, nowhere, on_each};
+use crate::common::{Pattern, nowhere, on_each, stop};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_saga_orchestration_kafka"),
@@ -280,15 +280,6 @@ impl Shop {
         }
         Ok(())
     }
-}
-
-async fn stop(programs: impl IntoIterator<Item = Supervised>) -> Result<()> {
-    for program in programs {
-        let (said, errors) = program.stop().await?;
-        ensure!(errors.is_empty(), "{errors:?}");
-        ensure!(said.ends_with("stopped\n"), "{said}");
-    }
-    Ok(())
 }
 
 /// On the three brokers at the same time.

@@ -31,7 +31,7 @@ use tempfile::TempDir;
 use tests::{Example, Supervised, observe, random, wait};
 use tokio::{sync::Mutex, time::sleep};
 
-use crate::common::{Pattern, Place, nowhere, on_each};
+use crate::common::{Pattern, Place, nowhere, on_each, stop};
 
 const PATTERN: Pattern = Pattern {
     kafka: env!("CARGO_BIN_EXE_splitter_aggregator_kafka"),
@@ -305,27 +305,34 @@ impl Shop {
             }
             Broker::RabbitMq => {
                 let queue = format!("basket.{place}");
-                let ready = observe::rabbitmq::ready(address, &queue).await?;
-                let (connection, channel) =
-                    observe::rabbitmq::connect(address).await?;
-                // Not by `basic_get`, which a single active consumer rules out.
-                let (options, arguments) = Default::default();
-                let mut deliveries = channel
-                    .basic_consume(
-                        queue.as_str().into(),
-                        "".into(),
-                        options,
-                        arguments,
-                    )
-                    .await?;
                 let mut all = Vec::new();
-                for _message in 0..ready {
-                    let delivery = deliveries.next().await.context("no more")??;
-                    delivery.ack(BasicAckOptions::default()).await?;
-                    all.push(Message::from_delivery(&delivery));
+                // Until nothing is left: the last words of a killed program can come
+                // when it is gone for long.
+                loop {
+                    let ready = observe::rabbitmq::ready(address, &queue).await?;
+                    if ready == 0 {
+                        return Ok(all);
+                    }
+                    let (connection, channel) =
+                        observe::rabbitmq::connect(address).await?;
+                    // Not by `basic_get`, which a single active consumer rules out.
+                    let (options, arguments) = Default::default();
+                    let mut deliveries = channel
+                        .basic_consume(
+                            queue.as_str().into(),
+                            "".into(),
+                            options,
+                            arguments,
+                        )
+                        .await?;
+                    for _message in 0..ready {
+                        let delivery = deliveries.next().await;
+                        let delivery = delivery.context("no more")??;
+                        delivery.ack(BasicAckOptions::default()).await?;
+                        all.push(Message::from_delivery(&delivery));
+                    }
+                    connection.close(200, "".into()).await?;
                 }
-                connection.close(200, "".into()).await?;
-                Ok(all)
             }
             Broker::Nats => {
                 let jetstream = observe::nats::jetstream(address).await?;
@@ -523,15 +530,6 @@ fn doubled(messages: Vec<Message>, random: &mut Rng) -> Vec<Message> {
     }
     random.shuffle(&mut doubled);
     doubled
-}
-
-async fn stop(programs: impl IntoIterator<Item = Supervised>) -> Result<()> {
-    for program in programs {
-        let (said, errors) = program.stop().await?;
-        ensure!(errors.is_empty(), "{errors:?}");
-        ensure!(said.ends_with("stopped\n"), "{said}");
-    }
-    Ok(())
 }
 
 /// On the three brokers at the same time.

@@ -95,9 +95,7 @@ async fn main() -> ExitCode {
         [] => story().await,
         ["publish", first, last] | ["publish", first, last, "--unordered"] => {
             match (first.parse(), last.parse()) {
-                (Ok(first), Ok(last)) if first <= last => {
-                    publish_all(first, last, order).await
-                }
+                (Ok(first), Ok(last)) => publish_all(first, last, order).await,
                 _ => return usage(),
             }
         }

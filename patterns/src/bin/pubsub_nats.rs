@@ -72,7 +72,7 @@ async fn main() -> ExitCode {
     let result = match words[..] {
         [] => story().await,
         ["publish", first, last] => match (first.parse(), last.parse()) {
-            (Ok(first), Ok(last)) if first <= last => publish_all(first, last).await,
+            (Ok(first), Ok(last)) => publish_all(first, last).await,
             _ => return usage(),
         },
         ["subscribe", service] if SERVICES.contains(&service) => {

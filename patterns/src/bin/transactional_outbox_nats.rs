@@ -74,7 +74,6 @@ async fn main() -> ExitCode {
         ["relay", file] => relay(file).await,
         [way @ ("place" | "dual-write"), first, last, file] => {
             match (first.parse(), last.parse()) {
-                (Ok(first), Ok(last)) if first > last => return usage(),
                 (Ok(first), Ok(last)) if way == "place" => place(first, last, file),
                 (Ok(first), Ok(last)) => dual_write(first, last, file).await,
                 _ => return usage(),
