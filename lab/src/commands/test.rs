@@ -73,6 +73,10 @@ const NATS_THREADS: &str = "6";
 /// the other: with so many threads, two or three patterns are tested at a time.
 const PATTERN_THREADS: &str = "12";
 
+/// The same for the faults, each with a broker of its own. Those of the task queue wait
+/// for tasks most of the time.
+const FAULT_THREADS: &str = "6";
+
 /// How a part ended.
 enum Verdict {
     Passed,
@@ -230,7 +234,9 @@ impl Part {
             Self::Nats => all(tests("nats", &[], &[NATS_THREADS])),
             Self::Patterns => all(tests("patterns", &[], &[PATTERN_THREADS])),
             // What each of them has counted so far is shown as it runs.
-            Self::Faults => all(tests("faults", &[], &[THREADS, "--nocapture"])),
+            Self::Faults => {
+                all(tests("faults", &[], &[FAULT_THREADS, "--nocapture"]))
+            }
             Self::Features => build_features(args.yes),
             Self::Book => {
                 let mut book = cargo(&["lab", "book"]);
