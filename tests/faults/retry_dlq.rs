@@ -4,12 +4,12 @@
 
 use std::{collections::HashSet, path::Path};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use lab::{
     broker::Broker,
     guarantees::{Cell, Claim::AtLeastOnce, Counts, Fault::WorkerKilled},
 };
-use patterns::retry_dlq::{Carrier, Parcel};
+use patterns::retry_dlq::{Carrier, Parcel, parcel};
 use tests::{Example, Supervised, TestBroker, guarantees::tell};
 
 use crate::driver::{
@@ -108,7 +108,7 @@ async fn worker_killed(broker: Broker) -> Result<()> {
     let different: HashSet<&String> = booked.iter().chain(&dead).collect();
     let received = different.len() as u64;
     let expected: HashSet<String> = (1..=TIMES * CHUNK)
-        .map(|number| patterns::retry_dlq::parcel(number).id)
+        .map(|number| parcel(number).id)
         .collect();
     let lost = expected.iter().filter(|id| !different.contains(id)).count();
     let known = printed
@@ -119,7 +119,7 @@ async fn worker_killed(broker: Broker) -> Result<()> {
     let doubled = (booked.len() + dead.len()) as u64 - received;
     // Each way has been gone.
     for (way, count) in [("booked", booked.len()), ("given up", dead.len())] {
-        anyhow::ensure!(count > 100, "{count} are {way}");
+        ensure!(count > 100, "{count} are {way}");
     }
     tell(&Cell {
         pattern: "retry_dlq".to_owned(),

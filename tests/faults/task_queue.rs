@@ -1,9 +1,9 @@
 //! Four workers do each task, whichever of them dies; those that acknowledge first lose
 //! what they have in hand. The observer counts what the workers have called done.
 
-use std::collections::HashSet;
+use std::{collections::HashSet, time::Duration};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use lab::{
     broker::Broker,
     guarantees::{
@@ -19,7 +19,6 @@ use lapin::{
 };
 use rdkafka::producer::{FutureProducer, FutureRecord};
 use tests::{Supervised, guarantees::tell, observe};
-use tokio::time::Duration;
 
 use crate::driver::{
     CHUNK, Places, Published, Scene, TIMES, cells, finish_all, rounds_of,
@@ -84,7 +83,7 @@ async fn queue(
                     )
                     .await?
                     .await?;
-                anyhow::ensure!(confirm.is_ack(), "{confirm:?}");
+                ensure!(confirm.is_ack(), "{confirm:?}");
             }
             connection.close(200, "".into()).await?;
         }
