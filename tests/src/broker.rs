@@ -15,7 +15,9 @@ use anyhow::{Context as _, Result};
 use lab::{
     broker::Broker,
     cleanup::{self, Guard},
-    images, native, services, shell,
+    images,
+    kafka_settings::CONTAINER_JAVA,
+    native, services, shell,
 };
 use testcontainers::{
     ContainerRequest, GenericImage, ImageExt as _, core::IntoContainerPort as _,
@@ -389,7 +391,9 @@ pub(crate) fn request(
         Broker::RabbitMq => {
             request.with_copy_to("/etc/rabbitmq/enabled_plugins", PLUGINS.to_vec())
         }
-        Broker::Kafka => request,
+        Broker::Kafka => {
+            request.with_env_var("KAFKA_JVM_PERFORMANCE_OPTS", CONTAINER_JAVA)
+        }
     })
 }
 

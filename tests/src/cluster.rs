@@ -6,7 +6,7 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 use lab::{
     broker::Broker,
-    kafka_settings::{CLUSTER_ID, KafkaSettings, LOGGING, Reach},
+    kafka_settings::{CLUSTER_ID, CONTAINER_JAVA, KafkaSettings, LOGGING, Reach},
     native, shell,
 };
 use tokio::sync::{Mutex, MutexGuard};
@@ -182,6 +182,7 @@ fn kafka_node((name, settings): (&'static str, KafkaSettings)) -> Node {
     // The tool's log goes where its output goes; the second start finds all done.
     let command = format!(
         "cd {name} && export KAFKA_HEAP_OPTS=-Xmx400m && \
+         export KAFKA_JVM_PERFORMANCE_OPTS='{CONTAINER_JAVA}' && \
          export KAFKA_LOG4J_OPTS=-Dlog4j2.configurationFile={FOLDER}/{name}/log4j2.properties && \
          /opt/kafka/bin/kafka-storage.sh format --ignore-formatted \
          --cluster-id {CLUSTER_ID} --config server.properties && \

@@ -18,8 +18,8 @@ use lab::{
     broker::Broker,
     cleanup::Guard,
     kafka_settings::{
-        self, CONTAINER_FOLDER, KafkaSettings, LOGGING, Reach, container_command,
-        container_logging,
+        self, CONTAINER_FOLDER, CONTAINER_JAVA, KafkaSettings, LOGGING, Reach,
+        container_command, container_logging,
     },
     native,
 };
@@ -195,6 +195,7 @@ fn request(
         .with_user("root")
         .with_startup_timeout(Duration::from_secs(90))
         .with_env_var("KAFKA_HEAP_OPTS", "-Xmx512m")
+        .with_env_var("KAFKA_JVM_PERFORMANCE_OPTS", CONTAINER_JAVA)
         .with_env_var("KAFKA_LOG4J_OPTS", container_logging())
         .with_copy_to(in_folder("log4j2.properties"), LOGGING.as_bytes().to_vec())
         .with_copy_to(in_folder("server.properties"), properties.into_bytes());

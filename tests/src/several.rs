@@ -3,6 +3,7 @@
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -62,6 +63,10 @@ enum Place {
     Container { id: String, _guard: Guard },
     Native { folder: PathBuf, _guard: Guard },
 }
+
+/// How long a server may take: the others start beside it, and so do those of other
+/// tests.
+const START_LIMIT: Duration = Duration::from_secs(120);
 
 /// Where the files are in a container.
 pub(crate) const FOLDER: &str = "/servers";
@@ -211,7 +216,7 @@ impl Several {
             return Ok(());
         }
         let starts = self.find(name)?.starts;
-        let ended = wait::until(name, async || {
+        let ended = wait::within(START_LIMIT, name, async || {
             let log = self.in_container(name, LOOK).await?;
             let ended = log.ends_with("\nended");
             let ready = log.matches(self.ready).count() >= starts;

@@ -11,8 +11,8 @@ use crate::{
     docker::{self, Engine},
     images,
     kafka_settings::{
-        CONTAINER_FOLDER, KafkaSettings, LOGGING, Reach, container_command,
-        container_logging,
+        CONTAINER_FOLDER, CONTAINER_JAVA, KafkaSettings, LOGGING, Reach,
+        container_command, container_logging,
     },
     native, progress, shell, workspace,
 };
@@ -72,7 +72,11 @@ fn in_container(
         .args(["--user", "root", "--volume"])
         .arg(format!("{}:{CONTAINER_FOLDER}:ro", folder.display()))
         .args(["--env", "KAFKA_HEAP_OPTS=-Xmx512m", "--env"])
-        .arg(format!("KAFKA_LOG4J_OPTS={}", container_logging()));
+        .arg(format!("KAFKA_JVM_PERFORMANCE_OPTS={CONTAINER_JAVA}"))
+        .args([
+            "--env",
+            &format!("KAFKA_LOG4J_OPTS={}", container_logging()),
+        ]);
     for port in settings.ports() {
         run.args(["--publish", &format!("127.0.0.1:{port}:{port}")]);
     }
