@@ -2,7 +2,8 @@
 //! together.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, File, OpenOptions},
+    io::{Read as _, Seek as _, SeekFrom},
     net::{Ipv4Addr, TcpStream},
     path::Path,
     process::{Child, Command, Stdio},
@@ -91,18 +92,23 @@ impl Process {
     ) -> Result<String> {
         let deadline = Instant::now() + START_LIMIT;
         loop {
-            let log = read_from(&launch.log, earlier)?;
-            if log.contains(launch.ready) && is_open(launch.port) {
-                let version = word_after(&log, launch.version_mark);
-                return Ok(version.unwrap_or("unknown").to_owned());
+            // First the port: a log is long, and to search it again and again takes
+            // the time that the broker needs.
+            if is_open(launch.port) {
+                let log = read_from(&launch.log, earlier)?;
+                if log.contains(launch.ready) {
+                    let version = word_after(&log, launch.version_mark);
+                    return Ok(version.unwrap_or("unknown").to_owned());
+                }
             }
-            let tail = || shell::tail(&log);
+            let tail =
+                || read_from(&launch.log, earlier).map(|log| shell::tail(&log));
             if let Some(status) = self.leader.try_wait()? {
-                bail!("{broker} ended while starting ({status}){}", tail());
+                bail!("{broker} ended while starting ({status}){}", tail()?);
             }
             if Instant::now() > deadline {
                 let limit = START_LIMIT.as_secs();
-                bail!("{broker} was not ready after {limit} s{}", tail());
+                bail!("{broker} was not ready after {limit} s{}", tail()?);
             }
             thread::sleep(POLL);
         }
@@ -257,9 +263,11 @@ impl Stat {
 }
 
 fn read_from(path: &Path, start: u64) -> Result<String> {
-    let all = fs::read(path)?;
-    let start = usize::try_from(start)?.min(all.len());
-    Ok(String::from_utf8_lossy(&all[start..]).into_owned())
+    let mut log = File::open(path)?;
+    log.seek(SeekFrom::Start(start))?;
+    let mut bytes = Vec::new();
+    log.read_to_end(&mut bytes)?;
+    Ok(String::from_utf8_lossy(&bytes).into_owned())
 }
 
 fn is_open(port: u16) -> bool {
