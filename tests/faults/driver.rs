@@ -37,6 +37,8 @@ const FROZEN_CONNECTION: Duration = Duration::from_millis(300);
 const FROZEN_WORKER: Duration = Duration::from_secs(3);
 /// How long a program may publish without success: a broker is restarted meanwhile.
 const PUBLISHING: Duration = Duration::from_secs(120);
+/// How long after one look at what is left the next one follows.
+const ASK_AGAIN: Duration = Duration::from_millis(300);
 
 /// A folder for the databases of the examples. In memory where the system has such a
 /// place: what a killed program has written is there all the same, and the tests would
@@ -343,6 +345,10 @@ pub async fn finish_all(
                 worker.look_after().await?;
             }
             let left = left().await?;
+            if left > 0 {
+                // To ask takes the broker's time, and that of the other lines.
+                sleep(ASK_AGAIN).await;
+            }
             ensure!(left == 0, "{left} are left");
             Ok(())
         },
