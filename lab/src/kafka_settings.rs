@@ -70,11 +70,13 @@ pub fn container_logging() -> String {
     format!("-Dlog4j2.configurationFile={CONTAINER_FOLDER}/log4j2.properties")
 }
 
-/// What `KAFKA_JVM_PERFORMANCE_OPTS` is in a container that is soon gone again. Together
-/// they take two fifths of the processor's time for a start: the quick compiler only, as
-/// optimised code pays off after minutes; the garbage collector that has no threads of
-/// its own; and the class archive of the image, ours or the official one, also where its
-/// own entry point is not what starts Kafka. Java goes on without a file that is missing.
+/// What `KAFKA_JVM_PERFORMANCE_OPTS` is in a container that is soon gone again.
+///
+/// The quick compiler only, as optimised code pays off after minutes, and the garbage
+/// collector that has no threads of its own: they save more than a third of the
+/// processor's time for a start. And the class archive of the image, ours or the official
+/// one, also where its own entry point is not what starts Kafka. If the file is missing,
+/// Java says so and goes on.
 pub const CONTAINER_JAVA: &str = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC \
                                   -XX:SharedArchiveFile=/opt/kafka/kafka.jsa";
 

@@ -64,9 +64,8 @@ enum Place {
     Native { folder: PathBuf, _guard: Guard },
 }
 
-/// How long a server may take: the others start beside it, and so do those of other
-/// tests.
-const START_LIMIT: Duration = Duration::from_secs(120);
+/// How long a server may take: as long as one that starts alone.
+const START_LIMIT: Duration = Duration::from_secs(90);
 
 /// Where the files are in a container.
 pub(crate) const FOLDER: &str = "/servers";
